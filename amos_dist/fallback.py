@@ -1,0 +1,177 @@
+"""The kernels of csrc/ in plain torch, for machines without the extension: same arguments, same numbers, slower.
+
+See csrc/block.h and csrc/ops.cpp for what the arguments mean.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import coefficients, column_profile
+
+ROW, COLUMN, FACTORED = 0, 1, 2
+Tensors = list[Tensor]
+
+
+class _Block(NamedTuple):
+    tensor: int
+    offset: int
+    rows: int
+    cols: int
+    moments: int
+    row_count: int
+    column_count: int
+    row_state: int
+    column_state: int
+    decay_state: int
+    row_work: int
+    column_work: int
+    column_start: int
+    columns: int
+
+    def of(self, tensors: Tensors) -> Tensor:
+        """This block's elements, as a matrix that shares the tensor's memory."""
+        flat = tensors[self.tensor].view(-1)
+        return flat[self.offset : self.offset + self.rows * self.cols].view(self.rows, self.cols)
+
+    def row_places(self) -> slice:
+        return slice(self.row_work, self.row_work + self.rows)
+
+    def column_places(self) -> slice:
+        begin = self.column_work + self.column_start
+        return slice(begin, begin + self.cols)
+
+    def all_columns(self) -> slice:
+        return slice(self.column_work, self.column_work + self.columns)
+
+
+class _Hyper(NamedTuple):
+    lr: float
+    sigma: float
+    beta: float
+    bias: float
+    momentum: float
+    clip: float
+    extra_l2: float
+    c_coef: float
+    d_coef: float
+    eps: float
+    grad_sign: float
+
+    def coefficients(self, G: Tensor, v: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B; moves v and b on."""
+        v.mul_(self.beta).add_(G, alpha=1 - self.beta)
+        scale, B, inv_v, decay = coefficients(
+            G,
+            v,
+            b,
+            lr=self.lr,
+            sigma=self.sigma,
+            bias=self.bias,
+            extra_l2=self.extra_l2,
+            c_coef=self.c_coef,
+            d_coef=self.d_coef,
+            eps=self.eps,
+        )
+        b.copy_(decay)
+        return scale * inv_v.sqrt(), B
+
+
+def _rows(blocks: Tensor, hyper: Tensor) -> list[tuple[_Block, _Hyper]]:
+    return [
+        (_Block(*b), _Hyper(*h)) for b, h in zip(blocks.tolist(), hyper.tolist(), strict=True) if b[2] and b[3]
+    ]
+
+
+def sums_(grad: Tensors, work: Tensor, blocks: Tensor, hyper: Tensor, names: str = "") -> None:
+    for block, h in _rows(blocks, hyper):
+        square = block.of(grad).to(work.dtype).clamp(-h.clip, h.clip).square()
+        if block.moments != COLUMN:
+            work[0, block.row_places()] = square.sum(1)
+        if block.moments != ROW:
+            work[0, block.column_places()] += square.sum(0)
+
+
+def slots_(
+    row_moment: Tensors,
+    column_moment: Tensors,
+    decay: Tensors,
+    work: Tensor,
+    blocks: Tensor,
+    hyper: Tensor,
+    names: str = "",
+) -> None:
+    for block, h in _rows(blocks, hyper):
+        if block.moments != COLUMN:
+            places = block.row_places()
+            v = row_moment[block.tensor].view(-1)[block.row_state : block.row_state + block.rows]
+            b = decay[block.tensor].view(-1)[block.decay_state : block.decay_state + block.rows]
+            work[0, places], work[1, places] = h.coefficients(work[0, places] / block.row_count, v, b)
+            if block.moments == FACTORED:
+                work[2, places] = v.clamp(min=h.eps).sqrt() * h.eps**-0.5
+        if block.moments != ROW and block.columns:
+            places = block.all_columns()
+            G = work[0, places] / block.column_count
+            v = column_moment[block.tensor].view(-1)[block.column_state : block.column_state + block.columns]
+            if block.moments == COLUMN:
+                b = decay[block.tensor].view(-1)[block.decay_state : block.decay_state + block.columns]
+                work[0, places], work[1, places] = h.coefficients(G, v, b)
+            else:
+                v.mul_(h.beta).add_(G, alpha=1 - h.beta)
+                work[0, places] = column_profile(v).rsqrt()
+
+
+def update_(
+    param: Tensors,
+    grad: Tensors,
+    momentum: Tensors,
+    work: Tensor,
+    blocks: Tensor,
+    hyper: Tensor,
+    names: str = "",
+) -> None:
+    for block, h in _rows(blocks, hyper):
+        theta, g = block.of(param), block.of(grad).to(work.dtype).clamp(-h.clip, h.clip) * h.grad_sign
+        if block.moments == COLUMN:
+            A, B = work[0, block.column_places()], work[1, block.column_places()]
+        else:
+            A, B = work[0, block.row_places()].unsqueeze(1), work[1, block.row_places()].unsqueeze(1)
+        if block.moments == FACTORED:
+            limit = work[2, block.row_places()].unsqueeze(1)
+            A = A * torch.minimum(work[0, block.column_places()], limit)
+        wide = theta.to(work.dtype)
+        step = A * g + B * wide
+        if momentum:
+            m = block.of(momentum)
+            step = h.momentum * m.to(work.dtype) + (1 - h.momentum) * step
+            m.copy_(step)
+        theta.copy_(wide - step)
+
+
+def step_(
+    param: Tensors,
+    grad: Tensors,
+    momentum: Tensors,
+    row_moment: Tensors,
+    column_moment: Tensors,
+    decay: Tensors,
+    work: Tensor,
+    blocks: Tensor,
+    hyper: Tensor,
+    names: str = "",
+) -> None:
+    for i in range(blocks.shape[0]):  # one by one: blocks may share their places in the workspace
+        block, h = blocks[i : i + 1].clone(), hyper[i : i + 1]
+        row = _Block(*block[0].tolist())
+        places = work
+        if row.moments == ROW:  # the kernels keep these on chip; here they need places of their own
+            places = torch.empty(3, row.rows, dtype=work.dtype, device=work.device)
+            block[0, 10] = 0
+        else:
+            work[0, row.all_columns()] = 0
+        sums_(grad, places, block, h)
+        slots_(row_moment, column_moment, decay, places, block, h)
+        update_(param, grad, momentum, places, block, h)

@@ -1,0 +1,425 @@
+"""class Amos: gradients in, parameters updated. How tensors are cut is sharding's, how a step runs is plan's."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from . import rules as module_rules
+from . import settings
+from .plan import Member, Plan, compute_dtype, state_sizes
+from .reference import effective_moments, matrix_view
+from .sharding import Layout, Original, layout_of, refuse_unknown
+from .sharding.zero import original_shape
+
+FLOAT_STATE = ("row_moment", "column_moment", "moment", "decay")
+
+
+@dataclass
+class Surroundings:
+    """What a framework that is building the optimizer knows: names by id(parameter), and advice by name."""
+
+    names: dict[int, str] = field(default_factory=dict)
+    advice: dict[str, module_rules.Advice] = field(default_factory=dict)
+
+
+# Each is called with the optimizer that is being made, and returns None where its framework is not at work.
+LOOK_AROUND: list[Callable[[Optimizer], Surroundings | None]] = []
+
+
+class Amos(Optimizer):
+    r"""Amos: an Adam-style optimizer whose weight decay and learning-rate decay follow from each parameter's scale.
+
+    Source: Tian & Parikh 2022 (arXiv 2210.11693), algorithm 1. With ``moments="factored"`` the second moment is a row
+    vector and a column vector, so that the state is R + C + R numbers for an R x C matrix.
+
+    Args:
+        params: parameters, groups, or named parameters. Every keyword below can stand in a group.
+        lr: the paper's xi, about 1 / sqrt(number of independent batches in the training set). Constant after warm-up.
+        sigma: the paper's eta, the scale at which the entries settle: a number, "auto" (their root mean square now; 0.5
+            for 0-d and 1-d) or "paper" (by module; needs `amos_dist.param_groups` or DeepSpeed's JSON).
+        beta: decay of the second moment. 1 - beta should be of the order of lr.
+        momentum: of the final update, not debiased; 0: none, and no buffer.
+        moments: what the second moment is shared over: "factored", "row", "column", "scalar" or "full".
+        row_dims: the first `row_dims` dimensions are the rows of a parameter's matrix view.
+        clip_value: element-wise bound on the gradient, before anything else.
+        extra_l2: more weight decay, inside the paper's d factor.
+        c_coef, d_coef: the paper's c and d are 1 / sqrt(1 + c_coef sqrt(lr) b) and 1 / (1 + d_coef sqrt(lr sigma) b).
+        eps: floor of the second moment.
+        momentum_dtype: "float32" (default) or "bfloat16"; float64 parameters have float64.
+        maximize: go up instead of down.
+        foreach, fused: None: the native kernels where they are built. fused=True insists; fused=False or foreach=True
+            asks for plain torch.
+        capturable: not there yet.
+        rules: `[{"match": regex on the full name, ...any keyword...}]`; the first match wins.
+
+    State for each parameter: `step` (0-d float32), `decay`, `momentum` (with momentum), and `row_moment` and
+    `column_moment`, or one of them, or `moment` ("scalar", "full"); keepdim shapes, float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an unknown keyword, a value out of range, a rule that matches nothing.
+        RuntimeError: parameters that are sharded in an unknown way; at step(): sparse or complex gradients.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        *,
+        sigma: float | str = "auto",
+        beta: float = 0.999,
+        momentum: float = 0.0,
+        moments: str = "factored",
+        row_dims: int = 1,
+        clip_value: float | None = None,
+        extra_l2: float = 0.0,
+        c_coef: float = 0.25,
+        d_coef: float = 0.25,
+        eps: float = 2**-125,
+        momentum_dtype: torch.dtype | str | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        rules: list[dict[str, Any]] | None = None,
+        **unknown: Any,
+    ) -> None:
+        settings.check_keys(unknown, "Amos", (*settings.KEYWORDS, "params", "rules"))
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "sigma": sigma,
+            "beta": beta,
+            "momentum": momentum,
+            "moments": moments,
+            "row_dims": row_dims,
+            "clip_value": clip_value,
+            "extra_l2": extra_l2,
+            "c_coef": c_coef,
+            "d_coef": d_coef,
+            "eps": eps,
+            "momentum_dtype": momentum_dtype,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+        }
+        settings.check(defaults)
+        self._rules = settings.Rules(rules)
+        self._surroundings = next(filter(None, (look(self) for look in LOOK_AROUND)), Surroundings())
+        self._originals: list[Original] = []
+        self._overrides: dict[int, dict[str, Any]] = {}
+        self._kinds: dict[int, str] = {}
+        self._plans: dict[Any, Plan] = {}
+        self._layouts: dict[int, tuple[Tensor, Layout]] = {}
+        super().__init__(params, defaults)
+        self._rules.refuse_useless([original.name for original in self._originals])
+
+    # ---- groups ------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; sigma="auto" is measured now. Nothing has changed where this raises."""
+        if isinstance(param_group, dict):
+            known = (*settings.KEYWORDS, "params", "param_names")
+            settings.check_keys(param_group, "a parameter group", known, strict=False)
+            settings.check({key: value for key, value in param_group.items() if key in settings.KEYWORDS})
+        super().add_param_group(param_group)
+        before = len(self._originals)
+        try:
+            self._note_originals(len(self.param_groups) - 1)
+        except Exception:
+            self.param_groups.pop()
+            del self._originals[before:]
+            raise
+
+    def _note_originals(self, number: int) -> None:
+        """Writes down what the group's parameters are, before any framework flattens them."""
+        group = self.param_groups[number]
+        group["amos_group"] = number  # frameworks replace a group's tensors, not the group
+        originals = [
+            self._note_original(number, place, name, param)
+            for place, (name, param) in enumerate(zip(self._names_of(group), group["params"], strict=True))
+        ]
+        measured = [original for original in originals if self._setting(original, group, "sigma") == "auto"]
+        scales = module_rules.scales(
+            [original.param for original in measured],
+            [self._setting(original, group, "row_dims") for original in measured],
+            [original.name for original in measured],
+        )
+        # In the group, so that it is in every checkpoint: on resuming, "auto" must not be measured again.
+        group["measured_sigma"] = [None] * len(originals)
+        for original, scale in zip(measured, scales, strict=True):
+            group["measured_sigma"][original.place] = scale
+
+    def _note_original(self, number: int, place: int, name: str, param: Tensor) -> Original:
+        group = self.param_groups[number]
+        refuse_unknown(param, name)
+        if not param.is_floating_point():
+            raise TypeError(
+                f"parameter {name!r} is {str(param.dtype).removeprefix('torch.')}. Amos trains float64, float32, "
+                "bfloat16 and float16 parameters: convert it, or view complex numbers as pairs."
+            )
+        values = dict(self._rules.for_name(name))
+        given = {**group, **values}
+        if given["sigma"] == "paper":
+            advice = self._surroundings.advice.get(name)
+            if advice is None:
+                raise ValueError(
+                    f"sigma='paper' needs the module that parameter {name!r} belongs to. "
+                    "Make the groups with amos_dist.param_groups(model, sigma='paper')."
+                )
+            explicit = {k: v for k, v in given.items() if k in values or v != settings.DEFAULTS.get(k)}
+            values |= module_rules.settings_from(advice, "paper", explicit)
+            given = {**group, **values}
+        if "lr" in values:  # a rule's lr follows the group's schedule
+            base = float(group["lr"])
+            values["lr_factor"] = float(values.pop("lr")) / base if base else 1.0
+        shape, key = original_shape(param), len(self._originals)
+        try:
+            kind = effective_moments(shape, given["moments"], given["row_dims"])
+        except ValueError as error:
+            raise ValueError(f"parameter {name!r}: {error}") from None
+        numel = math.prod(shape)
+        views = {"scalar": (1, numel), "full": (numel, 1)}
+        rows, cols = views.get(kind) or matrix_view(shape, given["row_dims"])
+        self._kinds[key], self._overrides[key] = kind, values
+        self._originals.append(Original(key, name, number, place, param, shape, rows, cols))
+        return self._originals[-1]
+
+    def _names_of(self, group: dict[str, Any]) -> list[str]:
+        if "param_names" in group:
+            return list(group["param_names"])
+        known, start = self._surroundings.names, len(self._originals)
+        return [known.get(id(p), f"param[{start + i}]") for i, p in enumerate(group["params"])]
+
+    def _setting(self, original: Original, group: dict[str, Any], keyword: str) -> Any:
+        return self._overrides[original.key].get(keyword, group[keyword])
+
+    def _numbers(self, key: int, group: dict[str, Any], t: int) -> list[float]:
+        """The hyper-parameters of one parameter at step t, in the order of csrc/block.h's Hyper."""
+        original, override = self._originals[key], self._overrides[key]
+
+        def setting(keyword: str) -> Any:
+            return override.get(keyword, group[keyword])
+
+        sigma = setting("sigma")
+        if sigma == "auto":
+            sigma = group["measured_sigma"][original.place]
+        lr = float(group["lr"]) * override.get("lr_factor", 1.0)
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"lr={lr} for parameter {original.name!r}. Mend the schedule: it must be finite and >= 0.")
+        beta, clip = float(setting("beta")), setting("clip_value")
+        return [
+            lr,
+            float(sigma),
+            beta,
+            1 - beta**t,
+            float(setting("momentum")),
+            math.inf if clip is None else float(clip),
+            float(setting("extra_l2")),
+            float(setting("c_coef")),
+            float(setting("d_coef")),
+            float(setting("eps")),
+            -1.0 if setting("maximize") else 1.0,
+        ]
+
+    # ---- step --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step for every parameter that has a gradient. closure: reevaluates the model and returns the loss.
+
+        Every rank of a process group must call this. Nothing has changed where it raises an error about its input.
+
+        Raises:
+            RuntimeError: sparse or complex gradients; a layout or a state that does not fit.
+            ValueError: lr is not finite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        chosen = [
+            (index, tensor, group)
+            for group in self.param_groups
+            for index, tensor in enumerate(group["params"])
+            if tensor.requires_grad or tensor.grad is not None
+        ]
+        if not any(tensor.grad is not None for _, tensor, _ in chosen):
+            return loss
+        plan = self._plan(chosen)
+        self._refuse_gradients(plan)
+        if self._is_trial(plan):
+            return loss
+        fused = self.param_groups[0]["fused"]
+        plan.run(self.state, False if self.param_groups[0]["foreach"] else fused)
+        return loss
+
+    def _plan(self, chosen: list[tuple[int, Tensor, dict[str, Any]]]) -> Plan:
+        key = tuple((id(t), id(g), bool(g["momentum"]), str(g["momentum_dtype"])) for _, t, g in chosen)
+        if key in self._plans:
+            if all(self.state.get(tensor) for _, tensor, _ in chosen):
+                return self._plans[key]
+            del self._plans[key]  # the state was cleared: make it anew
+        members = []
+        for index, tensor, group in chosen:
+            layout = self._layout(index, tensor, group)
+            names = [self._originals[piece.key].name for piece in layout.pieces]
+            name = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            overrides = [self._overrides[piece.key].get("momentum", group["momentum"]) for piece in layout.pieces]
+            dtype = None
+            if any(overrides):
+                dtype = settings.momentum_dtype(group["momentum_dtype"]) or compute_dtype(tensor)
+                dtype = torch.float64 if compute_dtype(tensor) == torch.float64 else dtype
+            members.append(Member(tensor, group, layout, name, dtype))
+        for member in members:
+            self._make_state(member)
+        self._plans[key] = Plan(members, self._kinds, self._numbers)
+        return self._plans[key]
+
+    def _layout(self, index: int, tensor: Tensor, group: dict[str, Any]) -> Layout:
+        if id(tensor) not in self._layouts:
+            originals = [original for original in self._originals if original.group == group["amos_group"]]
+            self._layouts[id(tensor)] = (tensor, layout_of(tensor, index, originals, self._originals))
+        return self._layouts[id(tensor)][1]
+
+    def _state_shapes(self, tensor: Tensor, layout: Layout) -> dict[str, tuple[int, ...]]:
+        """The shapes of the float state of a tensor: keepdim shapes of a whole parameter, else one vector for all pieces."""
+        whole = self._originals[layout.pieces[0].key] if len(layout.pieces) == 1 else None
+        if whole is None or whole.shape != tuple(tensor.shape) or not whole.numel:
+            return {key: (size,) for key, size in state_sizes(layout.pieces, self._kinds).items() if size}
+        kind, shape = self._kinds[whole.key], whole.shape
+        row_dims = self._overrides[whole.key].get("row_dims", self.param_groups[whole.group]["row_dims"]) if shape else 0
+        rows = shape[:row_dims] + (1,) * (len(shape) - row_dims)
+        columns = (1,) * row_dims + shape[row_dims:]
+        if kind in ("scalar", "full"):
+            moment = shape if kind == "full" else (1,) * len(shape)
+            return {"moment": moment, "decay": moment}
+        if kind == "column":
+            return {"column_moment": columns, "decay": columns}
+        return {"row_moment": rows, "decay": rows} | ({"column_moment": columns} if kind == "factored" else {})
+
+    def _make_state(self, member: Member) -> None:
+        """State for every parameter that is trained, gradient or not: checkpoints of unused ones must be complete."""
+        state, tensor = self.state[member.tensor], member.tensor
+        shapes = self._state_shapes(tensor, member.layout)
+        if not state:
+            state["step"] = torch.zeros(())
+            for key, shape in shapes.items():
+                state[key] = torch.zeros(shape, dtype=compute_dtype(tensor), device=tensor.device)
+        if member.momentum_dtype is not None and "momentum" not in state:
+            state["momentum"] = torch.zeros(tensor.shape, dtype=member.momentum_dtype, device=tensor.device)
+        for key, shape in shapes.items():
+            if key not in state or state[key].numel() != math.prod(shape):
+                raise RuntimeError(
+                    f"the state {key!r} of {member.name!r} has {state[key].numel() if key in state else 'no'} entries, "
+                    f"expected {math.prod(shape)}. The checkpoint is of another model, another number of ranks or other "
+                    "settings of `moments`: use the ones it was written with."
+                )
+        if member.momentum_dtype is not None and state["momentum"].dtype != member.momentum_dtype:
+            state["momentum"] = state["momentum"].to(member.momentum_dtype)
+
+    def _refuse_gradients(self, plan: Plan) -> None:
+        for member in plan.members:
+            grad = member.tensor.grad
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"the gradient of {member.name!r} is sparse, which Amos does not support. "
+                    "Build the embedding with sparse=False."
+                )
+            if grad.is_complex():
+                raise RuntimeError(
+                    f"the gradient of {member.name!r} is complex, which Amos does not support. "
+                    "View the parameter as pairs of real numbers."
+                )
+
+    def _is_trial(self, plan: Plan) -> bool:
+        """DeepSpeed's stage 0 in fp16 and bf16 calls step() once with zero gradients at start: that must not count."""
+        return all(m.layout.clone and not self.state[m.tensor]["step"] for m in plan.members) and not any(
+            bool(m.tensor.grad.any()) for m in plan.members if m.tensor.grad is not None
+        )
+
+    # ---- state dict --------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict()` gave; the state keeps its own dtype, whatever the parameter's.
+
+        Raises:
+            ValueError: the state is of another optimizer, another model or other `moments`; nothing has changed then.
+        """
+        self._refuse_state_dict(state_dict)
+        super().load_state_dict(state_dict)
+        # torch casts float state to the parameter's dtype: put back what was written.
+        saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        mine = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, tensor in zip(saved, mine, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if key in FLOAT_STATE or key == "momentum":
+                    self.state[tensor][key] = value.detach().to(tensor.device, copy=True)
+                elif key == "step":
+                    self.state[tensor][key] = torch.as_tensor(value, dtype=torch.float32).detach().clone().cpu()
+        self._plans.clear()
+
+    def _refuse_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"the state_dict has no {key!r}. Give what Amos.state_dict() returned.")
+        if len(state_dict["param_groups"]) != len(self.param_groups):
+            raise ValueError(
+                f"the state_dict has {len(state_dict['param_groups'])} parameter groups, the optimizer has "
+                f"{len(self.param_groups)}. Build the optimizer with the groups that the checkpoint was written with."
+            )
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            if len(saved["params"]) != len(group["params"]):
+                raise ValueError(
+                    f"a parameter group of the state_dict has {len(saved['params'])} parameters, the optimizer's has "
+                    f"{len(group['params'])}. Load it into the model that it was written with."
+                )
+            for place, (number, tensor) in enumerate(zip(saved["params"], group["params"], strict=True)):
+                self._refuse_state(state_dict["state"].get(number, {}), tensor, place, group)
+
+    def _refuse_state(self, state: dict[str, Any], tensor: Tensor, place: int, group: dict[str, Any]) -> None:
+        if not state:
+            return
+        original = next((o for o in self._originals if o.param is tensor), None)
+        name = original.name if original else f"the tensor at place {place}"
+        foreign = sorted(set(state) - {"step", "momentum", *FLOAT_STATE})
+        if foreign or "step" not in state or "decay" not in state:
+            raise ValueError(
+                f"the state of {name!r} is not of Amos: it has {', '.join(map(repr, sorted(state)))}. "
+                "To start with a fresh optimizer on these weights, load the model only."
+            )
+        if original is None:
+            return  # a flat partition: its state is checked when its layout is known, at the next step
+        expected = self._state_shapes(tensor, Layout([original.whole()]))
+        for key in FLOAT_STATE:
+            has = tuple(state[key].shape) if key in state else None
+            if has != expected.get(key):
+                raise ValueError(
+                    f"the state {key!r} of {name!r} has shape {has}, expected {expected.get(key)}. "
+                    "Load it into the model and with the `moments` that it was written with."
+                )
+        if "momentum" in state and tuple(state["momentum"].shape) != tuple(tensor.shape):
+            raise ValueError(
+                f"the state 'momentum' of {name!r} has shape {tuple(state['momentum'].shape)}, expected "
+                f"{tuple(tensor.shape)}. Load it into the model that it was written with."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_originals", "_overrides", "_kinds", "_rules")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._surroundings, self._plans, self._layouts = Surroundings(), {}, {}
+        for group in self.param_groups:
+            for key, value in settings.DEFAULTS.items():
+                group.setdefault(key, value)

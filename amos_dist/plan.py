@@ -1,0 +1,320 @@
+"""The way of one step: gradients -> sums (kernel) -> one all-reduce per process group -> slots -> update (kernel).
+
+A Plan is made once for a set of tensors. It knows where the state and the sums of each block are; running it is a few
+calls of kernels. What lies whole in this process takes one kernel call; only what is cut at a rank's border travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .sharding import Layout, Pending, Piece, cut_rows
+
+CODES = {"row": 0, "scalar": 0, "full": 0, "column": 1, "factored": 2}  # csrc/block.h: enum Moments
+BLOCK_FIELDS = 14  # csrc/ops.cpp
+HYPER_FIELDS = 11  # csrc/block.h: struct Hyper
+
+State = dict[str, Any]
+Numbers = Callable[[int, dict[str, Any], int], list[float]]
+
+
+@dataclass(eq=False)
+class Member:
+    """A tensor of the optimizer's groups, in a Plan."""
+
+    tensor: Tensor
+    group: dict[str, Any]
+    layout: Layout
+    name: str
+    momentum_dtype: torch.dtype | None  # None: without momentum
+
+
+def has_rows(kind: str) -> bool:
+    return kind != "column"
+
+
+def has_columns(kind: str) -> bool:
+    return kind in ("column", "factored")
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def state_sizes(pieces: list[Piece], kinds: dict[int, str]) -> dict[str, int]:
+    """Entries of row_moment, column_moment and decay that a tensor made of `pieces` needs. kinds: moments by key."""
+    sizes = {"row_moment": 0, "column_moment": 0, "decay": 0}
+    for piece in pieces:
+        kind = kinds[piece.key]
+        rows = piece.touched_rows if has_rows(kind) else 0
+        columns = piece.cols if has_columns(kind) and piece.length else 0
+        sizes["row_moment"] += rows
+        sizes["column_moment"] += columns
+        sizes["decay"] += rows if has_rows(kind) else columns
+    return sizes
+
+
+class _Space:
+    """Places in the three planes of a workspace; see csrc/block.h."""
+
+    def __init__(self) -> None:
+        self.used = self.size = 0
+
+    def take(self, count: int) -> int:
+        self.used += count
+        self.size = max(self.size, self.used)
+        return self.used - count
+
+    def tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros(3, self.size, dtype=dtype, device=device)
+
+
+@dataclass(eq=False)
+class _Blocks:
+    """Rows of the table that csrc/ops.cpp reads, and the parameter and the tensor of each."""
+
+    fields: list[list[int]] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
+    table: Tensor = field(default_factory=lambda: torch.empty(0, BLOCK_FIELDS, dtype=torch.int64))
+
+    def add(self, key: int, fields: list[int]) -> None:
+        self.keys.append(key)
+        self.fields.append(fields)
+
+    def freeze(self) -> None:
+        self.table = torch.tensor(self.fields, dtype=torch.int64).view(-1, BLOCK_FIELDS)
+
+
+@dataclass(eq=False)
+class _Launch:
+    """Tensors that share one set of dtypes: one call of a kernel serves all."""
+
+    members: list[Member] = field(default_factory=list)
+    local: _Blocks = field(default_factory=_Blocks)  # of parameters that are whole here
+    shared: _Blocks = field(default_factory=_Blocks)  # of parameters that are cut
+
+
+class _Bucket:
+    """Tensors on one device with one compute dtype: they share a workspace, and so an all-reduce."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, members: list[Member], kinds: dict[int, str]) -> None:
+        self.device, self.dtype, self.kinds = device, dtype, kinds
+        self.launches: dict[Any, _Launch] = {}
+        self.ranges: dict[Any, tuple[int, int]] = {}  # process group -> its part of plane 0
+        self._row_places: dict[tuple[int, int], int] = {}
+        self._column_places: dict[int, int] = {}
+        self._shared, self._local = _Space(), _Space()
+        for group in dict.fromkeys(member.layout.group for member in members):
+            if group is not None:
+                self._place_travelling(group, [m.layout for m in members if m.layout.group is group])
+        self.travelling = self._shared.used
+        for member in members:
+            launch = self.launches.setdefault((member.tensor.dtype, member.momentum_dtype), _Launch())
+            self._add(launch, member)
+        for launch in self.launches.values():
+            launch.local.freeze()
+            launch.shared.freeze()
+        self.shared_work = self._shared.tensor(dtype, device)
+        self.local_work = self._local.tensor(dtype, device)
+
+    def _place_travelling(self, group: Any, layouts: list[Layout]) -> None:
+        """Places for what is cut between ranks: the same on every rank, whatever it holds or has gradients for."""
+        begin = self._shared.take(1)  # counts the ranks whose layout cannot be trusted
+        for cut in (cut for layout in layouts for cut in layout.cuts):
+            kind = self.kinds[cut.key]
+            if has_rows(kind):
+                for row in cut_rows(cut.rows, cut.cols, list(cut.borders)):
+                    self._row_places[cut.key, row] = self._shared.take(1)
+            if has_columns(kind):
+                self._column_places[cut.key] = self._shared.take(cut.cols)
+        self.ranges[group] = (begin, self._shared.used)
+
+    def _add(self, launch: _Launch, member: Member) -> None:
+        number = len(launch.members)
+        launch.members.append(member)
+        row_state = column_state = decay_state = 0
+        for piece in member.layout.pieces:
+            kind = self.kinds[piece.key]
+            for i, block in enumerate(piece.blocks()):
+                columns = piece.cols if has_columns(kind) and i == 0 else 0
+                cut_row = self._row_places.get((piece.key, block.row))
+                cut_columns = self._column_places.get(piece.key)
+                shared = cut_row is not None or cut_columns is not None
+                if shared:
+                    row_work = self._shared.take(block.rows) if has_rows(kind) and cut_row is None else cut_row or 0
+                    column_work = cut_columns or 0
+                else:
+                    if self.device.type == "cpu":
+                        self._local.used = 0  # one block after another: they use the same places
+                    # `row` moments stay on chip, but for a row that is too long for one thread
+                    rows = block.rows if kind == "factored" or block.rows == 1 or self.device.type != "cpu" else 0
+                    row_work = self._local.take(rows if has_rows(kind) else 0)
+                    column_work = self._local.take(columns)
+                below = block.row - piece.first_row if has_rows(kind) else 0
+                (launch.shared if shared else launch.local).add(
+                    piece.key,
+                    [
+                        number,
+                        piece.offset + block.offset,
+                        block.rows,
+                        block.cols,
+                        CODES[kind],
+                        piece.cols,
+                        piece.rows,
+                        row_state + below,
+                        column_state,
+                        decay_state + below,
+                        row_work,
+                        column_work,
+                        block.column,
+                        columns,
+                    ],
+                )
+            sizes = state_sizes([piece], self.kinds)
+            row_state += sizes["row_moment"]
+            column_state += sizes["column_moment"]
+            decay_state += sizes["decay"]
+
+
+class Plan:
+    """One step for a fixed set of tensors.
+
+    Args:
+        members: the tensors, in the same order on every rank.
+        kinds: the moments of each parameter, by key.
+        numbers: (key, group, t) -> the hyper-parameters in the order of csrc/block.h's Hyper.
+    """
+
+    def __init__(self, members: list[Member], kinds: dict[int, str], numbers: Numbers) -> None:
+        self.members, self.numbers = members, numbers
+        self.trusted = False
+        together: dict[Any, list[Member]] = {}
+        for member in members:
+            together.setdefault((member.tensor.device, compute_dtype(member.tensor)), []).append(member)
+        self.buckets = [_Bucket(*key, some, kinds) for key, some in together.items()]
+
+    def run(self, states: dict[Tensor, State], fused: bool | None) -> None:
+        """Moves every tensor that has a gradient by one step, and its state with it.
+
+        Raises:
+            RuntimeError: on every rank, where the layout of any rank cannot be trusted; nothing has changed then.
+        """
+        calls = [_Call(bucket, launch, self, states, fused) for bucket in self.buckets for launch in bucket.launches.values()]
+        for bucket in self.buckets:
+            bucket.shared_work[0, : bucket.travelling] = 0
+        for call in calls:
+            call.sums()
+        pending = []
+        for bucket in self.buckets:
+            for group, (begin, end) in bucket.ranges.items():
+                if not self.trusted:
+                    faults = [m.layout.fault for m in self.members if m.layout.group is group and m.layout.fault]
+                    bucket.shared_work[0, begin] = len(faults)
+                pending.append(Pending(bucket.shared_work[0, begin:end], group))
+        if not self.trusted:
+            for each in pending:
+                each.wait()
+            self._refuse_faults()
+            pending = []
+        for call in calls:  # while the sums travel
+            call.step()
+        for each in pending:
+            each.wait()
+        for call in calls:
+            call.slots_and_update()
+            call.count()
+
+    def _refuse_faults(self) -> None:
+        for member in self.members:
+            if member.layout.fault:
+                raise RuntimeError(member.layout.fault)
+        for bucket in self.buckets:
+            for begin, _ in bucket.ranges.values():
+                if bucket.shared_work[0, begin] != 0:
+                    raise RuntimeError(
+                        "another rank found that its float32 partition does not hold what the parameters say. "
+                        "Its own message names the parameter."
+                    )
+        self.trusted = True
+
+
+class _Call:
+    """One launch in one step: its tensors, state and numbers, ready for the kernels."""
+
+    def __init__(self, bucket: _Bucket, launch: _Launch, plan: Plan, states: dict[Tensor, State], fused: bool | None) -> None:
+        self.bucket, self.launch = bucket, launch
+        self.ops = ops.backend(bucket.device, fused)
+        self.names = "\n".join(member.name for member in launch.members)
+        empty = torch.empty(0, dtype=bucket.dtype, device=bucket.device)
+        self.states = [states[member.tensor] for member in launch.members]
+        self.present = [member.tensor.grad is not None for member in launch.members]
+        self.params = [member.tensor.detach() for member in launch.members]
+        self.dense = [p if p.is_contiguous() else p.contiguous() for p in self.params]
+        self.grads = [self._gradient(m.tensor, empty) for m in launch.members]
+        some = next((g.dtype for g, there in zip(self.grads, self.present, strict=True) if there), None)
+        self.grads = [g if there else g.to(some) for g, there in zip(self.grads, self.present, strict=True)]
+        self.rows = [state.get("row_moment", state.get("moment", empty)) for state in self.states]
+        self.columns = [state.get("column_moment", empty) for state in self.states]
+        self.decay = [state.get("decay", empty) for state in self.states]
+        with_momentum = launch.members[0].momentum_dtype is not None
+        self.momentum = [state["momentum"] for state in self.states] if with_momentum else []
+        self.steps = [int(state["step"]) + 1 for state in self.states]
+        self.local = self._chosen(launch.local, plan.numbers)
+        self.shared = self._chosen(launch.shared, plan.numbers)
+
+    @staticmethod
+    def _gradient(tensor: Tensor, empty: Tensor) -> Tensor:
+        grad = tensor.grad
+        if grad is None:
+            return empty
+        low_for_float = tensor.dtype == torch.float32 and grad.dtype in (torch.bfloat16, torch.float16)
+        return (grad if low_for_float else grad.to(tensor.dtype)).contiguous()
+
+    def _chosen(self, blocks: _Blocks, numbers: Numbers) -> tuple[Tensor, Tensor]:
+        """The rows of the table whose tensors have a gradient, and the numbers beside each."""
+        table, chosen = blocks.table, range(len(blocks.keys))
+        if not all(self.present):
+            chosen = [i for i in chosen if self.present[blocks.fields[i][0]]]  # type: ignore[assignment]
+            table = table[list(chosen)]
+        known: dict[int, list[float]] = {}
+        rows = []
+        for i in chosen:
+            key, number = blocks.keys[i], blocks.fields[i][0]
+            if key not in known:
+                known[key] = numbers(key, self.launch.members[number].group, self.steps[number])
+            rows.append(known[key])
+        return table, torch.tensor(rows, dtype=torch.float64).view(len(rows), HYPER_FIELDS)
+
+    def sums(self) -> None:
+        if len(self.shared[0]):
+            self.ops.sums_(self.grads, self.bucket.shared_work, *self.shared, self.names)
+
+    def step(self) -> None:
+        if len(self.local[0]):
+            state = (self.rows, self.columns, self.decay)
+            self.ops.step_(
+                self.dense, self.grads, self.momentum, *state, self.bucket.local_work, *self.local, self.names
+            )
+
+    def slots_and_update(self) -> None:
+        if len(self.shared[0]):
+            work = self.bucket.shared_work
+            self.ops.slots_(self.rows, self.columns, self.decay, work, *self.shared, self.names)
+            self.ops.update_(self.dense, self.grads, self.momentum, work, *self.shared, self.names)
+
+    def count(self) -> None:
+        """Steps taken; parameters that were not contiguous; versions for autograd."""
+        changed = []
+        for i, there in enumerate(self.present):
+            if there:
+                self.states[i]["step"] += 1
+                if self.dense[i] is not self.params[i]:
+                    self.params[i].copy_(self.dense[i])
+                changed.append(self.launch.members[i].tensor)
+        torch.autograd.graph.increment_version(changed)

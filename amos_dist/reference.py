@@ -1,0 +1,154 @@
+"""One step of Amos for one whole tensor, in plain torch: slow, complete, and what everything else is tested against.
+
+Imports nothing of this package. Sources: Tian & Parikh 2022 (arXiv 2210.11693), algorithm 1; the factored second moment
+is this project's (docs/algorithm.md).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("factored", "row", "column", "scalar", "full")
+
+
+def matrix_view(shape: torch.Size | tuple[int, ...], row_dims: int) -> tuple[int, int]:
+    """(R, C) of a tensor read as a matrix: R = the product of the first `row_dims` sizes, C = that of the rest."""
+    return math.prod(shape[:row_dims]), math.prod(shape[row_dims:])
+
+
+def effective_moments(shape: torch.Size | tuple[int, ...], moments: str, row_dims: int = 1) -> str:
+    """The kind of second moment that a tensor really gets: 0-d and 1-d tensors are "scalar" unless "full" is asked for.
+
+    Raises:
+        ValueError: `moments` is unknown, or `row_dims` leaves no row or no column dimension of a tensor of two or more.
+    """
+    if moments not in MOMENTS:
+        raise ValueError(f"moments={moments!r} is unknown. Use one of {', '.join(map(repr, MOMENTS))}.")
+    if moments in ("scalar", "full"):
+        return moments
+    if len(shape) < 2:
+        return "scalar"
+    if not 1 <= row_dims < len(shape):
+        raise ValueError(
+            f"row_dims={row_dims} leaves no row or no column of a tensor of shape {tuple(shape)}. "
+            f"Use 1 to {len(shape) - 1}."
+        )
+    return moments
+
+
+def coefficients(
+    G: Tensor,
+    v: Tensor,
+    b: Tensor,
+    *,
+    lr: float,
+    sigma: float,
+    bias: float,
+    extra_l2: float,
+    c_coef: float,
+    d_coef: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What an entry of the state does to its elements: Delta = scale * sqrt(inv_v) * g + B * theta.
+
+    Args:
+        G: mean square of the gradient. v: second moment, already moved on. b: decay, still old. All of one shape.
+        bias: 1 - beta^t.
+
+    Returns:
+        scale, B, inv_v (1 / v_hat) and the next b.
+    """
+    inv_v = bias / v.clamp(min=eps)
+    c = 1 / (1 + c_coef * math.sqrt(lr) * b).sqrt()
+    d = 1 / (1 + d_coef * math.sqrt(lr * sigma) * b)
+    gamma = c * lr**2 * (inv_v * G)
+    return d * (lr * sigma), d * (gamma / 2 + extra_l2), inv_v, b + gamma * (1 + b)
+
+
+def column_profile(column_moment: Tensor) -> Tensor:
+    """w = C / mean(C), the factored second moment's profile over the columns; ones where no column has any."""
+    average = column_moment.mean()
+    return torch.where(average == 0, torch.ones_like(column_moment), column_moment / average)
+
+
+def amos_step(
+    param: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    sigma: float,
+    beta: float = 0.999,
+    momentum: float = 0.0,
+    moments: str = "factored",
+    row_dims: int = 1,
+    clip_value: float | None = None,
+    extra_l2: float = 0.0,
+    c_coef: float = 0.25,
+    d_coef: float = 0.25,
+    eps: float = 2**-125,
+    momentum_dtype: torch.dtype | None = None,
+    maximize: bool = False,
+) -> Tensor:
+    """Changes `param` and `state` in place by one step, and returns `param`.
+
+    Args:
+        param, grad: tensors of one shape, 0-d and up; float64 is computed in float64, all else in float32.
+        state: empty before the first step; then `step` (int), `decay`, `momentum`, and `row_moment` and `column_moment`
+            ("factored"), or `row_moment`, `column_moment`, `moment` ("scalar", "full"): keepdim shapes, compute dtype.
+        lr: the paper's xi at this step. sigma: the paper's eta, the scale at which the entries settle.
+        clip_value: element-wise, before anything else. extra_l2: inside the d factor.
+    """
+    kind = effective_moments(param.shape, moments, row_dims)
+    compute = torch.float64 if param.dtype == torch.float64 else torch.float32
+    theta, g = param.detach().to(compute), grad.detach().to(compute)
+    dims = tuple(range(param.dim()))
+    row_axes, column_axes = dims[row_dims:], dims[:row_dims]  # what a row's, and a column's, mean is taken over
+    averaged = {"row": row_axes, "factored": row_axes, "column": column_axes, "scalar": dims, "full": ()}[kind]
+
+    def mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        return x.mean(dim=axes, keepdim=True) if axes else x.clone()
+
+    def moved(key: str, value: Tensor) -> Tensor:  # v <- beta v + (1 - beta) G
+        old = state.get(key, torch.zeros_like(value))
+        state[key] = beta * old + (1 - beta) * value
+        return state[key]
+
+    if clip_value is not None:
+        g = g.clamp(-clip_value, clip_value)
+    step = state["step"] = int(state.get("step", 0)) + 1
+    bias = 1 - beta**step
+
+    G = mean(g * g, averaged)
+    own = {"row": "row_moment", "factored": "row_moment", "column": "column_moment"}.get(kind, "moment")
+    v = moved(own, G)
+    scale, B, inv_v, decay = coefficients(
+        G,
+        v,
+        state.get("decay", torch.zeros_like(G)),
+        lr=lr,
+        sigma=sigma,
+        bias=bias,
+        extra_l2=extra_l2,
+        c_coef=c_coef,
+        d_coef=d_coef,
+        eps=eps,
+    )
+    state["decay"] = decay
+    if kind == "factored":  # v_ij = R_i w_j, w = C / mean(C); all else stays that of the row
+        w = column_profile(moved("column_moment", mean(g * g, column_axes)))
+        inv_v = bias / (v * w).clamp(min=eps)
+
+    signed = -g if maximize else g
+    delta = scale * inv_v.sqrt() * signed + B * theta
+    if momentum:
+        stored = momentum_dtype or compute
+        m = state.get("momentum", torch.zeros_like(theta, dtype=stored)).to(compute)
+        delta = momentum * m + (1 - momentum) * delta
+        state["momentum"] = delta.to(stored)
+    param.detach().copy_(theta - delta)
+    return param

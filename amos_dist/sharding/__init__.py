@@ -1,0 +1,53 @@
+"""Which part of which parameter a tensor is, and the one all-reduce. Knows shapes and collectives, and no formula."""
+
+from __future__ import annotations
+
+import torch
+
+from . import whole, zero
+from .layout import Cut, Layout, Original
+from .piece import Block, Piece, cut_rows
+from .reduce import Pending
+
+__all__ = ["Block", "Cut", "Layout", "Original", "Pending", "Piece", "cut_rows", "layout_of", "refuse_unknown"]
+
+
+def refuse_unknown(param: torch.Tensor, name: str) -> None:
+    """Raises:
+    RuntimeError: `param` is sharded in a way that is not known here.
+    """
+    if getattr(param, "_fsdp_flattened", False):
+        raise RuntimeError(
+            f"parameter {name!r} is flattened by FSDP1, so that rows and columns are lost. "
+            "Use FSDP2: torch.distributed.fsdp.fully_shard."
+        )
+    if type(param).__name__ == "DTensor" or type(getattr(param, "data", param)).__name__ == "DTensor":
+        raise RuntimeError(
+            f"parameter {name!r} is a DTensor, which this version does not shard yet. "
+            "Use DeepSpeed ZeRO, or pass whole parameters."
+        )
+
+
+def layout_of(
+    tensor: torch.Tensor, index: int, originals: list[Original], everywhere: list[Original]
+) -> Layout:
+    """What `tensor`, the index-th of a parameter group, holds.
+
+    Args:
+        originals: the parameters with which that group was made. everywhere: those of all groups.
+
+    Raises:
+        RuntimeError: the tensor is neither one of them nor a partition of them.
+    """
+    layout = (
+        whole.find(tensor, originals)
+        or zero.find(tensor, originals, everywhere)
+        or whole.find_clone(tensor, index, originals)
+    )
+    if layout is None:
+        raise RuntimeError(
+            f"the tensor at place {index} of a parameter group, of shape {tuple(tensor.shape)}, is not one of the group's "
+            "parameters nor a partition of them that amos_dist knows. "
+            "Use plain torch, DDP or DeepSpeed ZeRO 0 to 3, and do not replace `params` of a group by hand."
+        )
+    return layout

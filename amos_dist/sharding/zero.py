@@ -1,0 +1,111 @@
+"""DeepSpeed's ZeRO: which elements of which parameters a flat float32 partition holds.
+
+Nothing of DeepSpeed is imported: it leaves what is needed on the parameters (seen with 0.19.8).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .layout import Cut, Layout, Original
+from .piece import Piece
+
+
+def find(flat: torch.Tensor, originals: list[Original], everywhere: list[Original]) -> Layout | None:
+    """The layout of a flat partition.
+
+    Args:
+        flat: 1-D, the partition.
+        originals: the parameters of its group.
+        everywhere: the parameters of all groups (ZeRO-3's sub-groups are looked up by identity).
+    """
+    trainable = [original for original in originals if original.param.requires_grad and original.numel]
+    for original in trainable:
+        if hasattr(original.param, "_z3_optimizer"):
+            return _stage3(flat, original.param._z3_optimizer, everywhere)
+    if any(getattr(original.param, "_dp_group", None) is not None for original in trainable):
+        return _stage12(flat, trainable)
+    return None
+
+
+def partition_sum_of_squares(param: Any) -> tuple[torch.Tensor, Any] | None:
+    """For a parameter that zero.Init has already partitioned: its local sum of squares, and the process group to add it over."""
+    if not hasattr(param, "ds_tensor") or param.numel() == param.ds_numel:
+        return None
+    group, length = param.ds_process_group, param.partition_numel()
+    held = min(length, max(0, param.ds_numel - dist.get_rank(group) * length))
+    return param.ds_tensor.data.view(-1)[:held].double().square().sum(), group
+
+
+def original_shape(param: Any) -> tuple[int, ...]:
+    """The shape of a parameter, partitioned (zero.Init) or not."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def _stage3(flat: torch.Tensor, zero: Any, everywhere: list[Original]) -> Layout | None:
+    """Every parameter is split over its group: rank r holds elements [r n, (r + 1) n), padding at the end."""
+    number = next((i for i, held in enumerate(zero.fp32_partitioned_groups_flat) if held is flat), None)
+    if number is None:
+        return None
+    by_identity = {id(original.param): original for original in everywhere}
+    layout, offset, checks = Layout([]), 0, []
+    for param in zero.fp16_groups[number]:
+        original = by_identity[id(param)]
+        if layout.group is not None and layout.group is not param.ds_process_group:
+            raise RuntimeError(
+                f"parameter {original.name!r} is partitioned over another process group than its neighbours. "
+                "Put the parameters of each process group into a parameter group of their own."
+            )
+        layout.group = param.ds_process_group
+        n, rank, ranks = param.partition_numel(), dist.get_rank(layout.group), dist.get_world_size(layout.group)
+        start, length = rank * n, max(0, min(n, original.numel - rank * n))
+        if length:
+            layout.pieces.append(Piece(original.key, original.rows, original.cols, start, length, offset))
+            checks.append((original, offset, param.ds_tensor.data.view(-1)[:length]))
+        borders = tuple(range(n, min(n * ranks, original.numel), n))
+        if borders:
+            layout.cuts.append(Cut(original.key, original.rows, original.cols, borders))
+        offset += n
+    layout.fault = _compare(flat, checks)
+    return layout
+
+
+def _stage12(flat: torch.Tensor, trainable: list[Original]) -> Layout:
+    """The group's parameters lie one behind the other in a low-precision buffer; rank r's flat is the r-th equal part of it.
+
+    The addresses in that buffer are the truth: DeepSpeed's own map is wrong with round_robin_gradients.
+    """
+    group = trainable[0].param._dp_group  # type: ignore[attr-defined]
+    rank, size = dist.get_rank(group), flat.numel()
+    base = min(original.param.data_ptr() for original in trainable)
+    layout, checks = Layout([], group=group), []
+    for original in sorted(trainable, key=lambda o: o.param.data_ptr()):
+        param = original.param
+        begin = (param.data_ptr() - base) // param.element_size()
+        first, last = max(begin, rank * size), min(begin + original.numel, (rank + 1) * size)
+        if first < last:
+            start, offset = first - begin, first - rank * size
+            layout.pieces.append(
+                Piece(original.key, original.rows, original.cols, start, last - first, offset)
+            )
+            checks.append((original, offset, param.data.view(-1)[start : start + last - first]))
+        borders = tuple(range((begin // size + 1) * size - begin, original.numel, size))
+        if borders:
+            layout.cuts.append(Cut(original.key, original.rows, original.cols, borders))
+    layout.fault = _compare(flat, checks)
+    return layout
+
+
+def _compare(flat: torch.Tensor, checks: list[tuple[Original, int, torch.Tensor]]) -> str:
+    """A wrong map would train garbage: once, the partition's numbers must be those of the parameters."""
+    for original, offset, held in checks:
+        part = flat.detach().view(-1)[offset : offset + held.numel()].to(held.device, held.dtype)
+        if not torch.equal(part, held) and not torch.equal(part.nan_to_num(), held.nan_to_num()):
+            return (
+                f"the float32 partition does not hold what parameter {original.name!r} says at this place. "
+                "This version of DeepSpeed lays partitions out in a way that amos_dist does not know; please report it."
+            )
+    return ""

@@ -1,0 +1,104 @@
+// The formulas of Amos, for one entry of the state and for one element: their only copy, for host and device.
+// Tian & Parikh 2022 (arXiv 2210.11693), algorithm 1; letters as in docs/algorithm.md. T is float or double.
+#pragma once
+#include <math.h>  // not <cmath>: it puts the float overloads of sqrt in the global namespace
+
+#include "block.h"
+
+#if defined(__CUDACC__)
+#define AMOS_FN __host__ __device__ __forceinline__
+#else
+#define AMOS_FN inline __attribute__((always_inline))
+#endif
+
+namespace amos {
+
+// Hyper in the compute type, with what does not change from entry to entry worked out once, in double.
+template <class T>
+struct Consts {
+  T beta, one_minus_beta, bias, lr2, lr_sigma, c_scale, d_scale, extra_l2, eps, inv_sqrt_eps;
+  T clip, grad_sign, momentum, one_minus_momentum;
+};
+
+template <class T>
+AMOS_FN Consts<T> make_consts(const Hyper& h) {
+  Consts<T> k;
+  k.beta = T(h.beta);
+  k.one_minus_beta = T(1.0 - h.beta);
+  k.bias = T(h.bias);
+  k.lr2 = T(h.lr * h.lr);
+  k.lr_sigma = T(h.lr * h.sigma);
+  k.c_scale = T(h.c_coef * sqrt(h.lr));
+  k.d_scale = T(h.d_coef * sqrt(h.lr * h.sigma));
+  k.extra_l2 = T(h.extra_l2);
+  k.eps = T(h.eps);
+  k.inv_sqrt_eps = T(1.0 / sqrt(h.eps));
+  k.clip = T(h.clip);
+  k.grad_sign = T(h.grad_sign);
+  k.momentum = T(h.momentum);
+  k.one_minus_momentum = T(1.0 - h.momentum);
+  return k;
+}
+
+template <class T>
+struct Coefs {
+  T A, B;
+};
+
+// v <- beta v + (1 - beta) G
+template <class T>
+AMOS_FN T next_moment(T v, T G, const Consts<T>& k) {
+  return k.beta * v + k.one_minus_beta * G;
+}
+
+template <class T>
+AMOS_FN T floored(T v, T eps) {
+  return v < eps ? eps : v;  // a NaN stays a NaN
+}
+
+// G = the mean square of the gradient over this entry. v must hold the NEW moment; b is moved on to its next value.
+template <class T>
+AMOS_FN Coefs<T> coefficients(T G, T v, T& b, const Consts<T>& k) {
+  const T inv_v = k.bias / floored(v, k.eps);                                  // 1 / v_hat
+  const T gamma = k.lr2 * (inv_v * G) / T(sqrt(T(1) + k.c_scale * b));         // c xi^2 G / v_hat, with the old b
+  const T d = T(1) / (T(1) + k.d_scale * b);                                   // with the old b
+  b += gamma * (T(1) + b);
+  return {d * k.lr_sigma * T(sqrt(inv_v)), d * (T(0.5) * gamma + k.extra_l2)};  // A, B
+}
+
+// `factored`: P of a column, from its moment C and the mean of all C: 1 / sqrt(w), w = C / mean(C). An all-zero
+// matrix has w = 1; a column of zeros has P = inf, which profile_limit brings back. A NaN stays a NaN.
+template <class T>
+AMOS_FN T column_profile(T column_moment, T mean) {
+  return mean == T(0) ? T(1) : T(1) / T(sqrt(column_moment / mean));
+}
+
+// The largest P that keeps v = R w at or above eps (1 / v_hat = bias / max(R w, eps)).
+template <class T>
+AMOS_FN T profile_limit(T row_moment, const Consts<T>& k) {
+  return T(sqrt(floored(row_moment, k.eps))) * k.inv_sqrt_eps;
+}
+
+template <class T>
+AMOS_FN T limited(T P, T limit) {
+  return P > limit ? limit : P;
+}
+
+template <class T>
+AMOS_FN T clipped(T g, T clip) {
+  return g > clip ? clip : (g < -clip ? -clip : g);  // a NaN stays a NaN
+}
+
+// Delta, for one element.
+template <class T>
+AMOS_FN T delta(T A, T g, T B, T theta) {
+  return A * g + B * theta;
+}
+
+// m <- mu m + (1 - mu) Delta
+template <class T>
+AMOS_FN T next_momentum(T m, T step, const Consts<T>& k) {
+  return k.momentum * m + k.one_minus_momentum * step;
+}
+
+}  // namespace amos

@@ -1,0 +1,318 @@
+// The operators torch.ops.amos_dist.*: schemas, the checks at the door, and the way to the CPU or the CUDA kernels.
+// LibTorch's stable ABI only, so that one file serves torch 2.11 and later, CPU and CUDA builds, Python 3.10 and later.
+//
+// Arguments that all four share:
+//   param, grad, momentum, row_moment, column_moment, decay: one entry for each tensor (a whole parameter or a flat
+//       partition of many); state entries that a tensor lacks are empty tensors; momentum may be an empty list.
+//   work: 3 x n, see block.h.   blocks: int64 [blocks, 14], hyper: float64 [blocks, 11], both on the CPU; the fields of
+//       a row are those of read_blocks below.   names: one line for each tensor, for messages.
+#include <Python.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "block.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+namespace amos {
+namespace {
+
+constexpr int64_t kBlockFields = 14;
+
+const char* type_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Double: return "float64";
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype";
+  }
+}
+
+// "param[3] 'wte.weight'"
+std::string called(const char* list, int64_t index, const std::string& names) {
+  size_t begin = 0;
+  for (int64_t i = 0; i < index && begin != std::string::npos; ++i) {
+    begin = names.find('\n', begin);
+    if (begin != std::string::npos) ++begin;
+  }
+  std::string text = std::string(list) + "[" + std::to_string(index) + "]";
+  if (begin != std::string::npos && begin < names.size())
+    text += " '" + names.substr(begin, names.find('\n', begin) - begin) + "'";
+  return text;
+}
+
+void expect(const Tensor& t, ScalarType type, const char* list, int64_t index, const std::string& names) {
+  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous(), called(list, index, names), ": expected contiguous ",
+                  type_name(type), ", got ", t.is_contiguous() ? "" : "non-contiguous ", type_name(t.scalar_type()));
+}
+
+ScalarType compute_type(ScalarType param) { return param == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+Dtype dtype_of(const Tensor& t, const char* list, int64_t index, const std::string& names) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return Dtype::f64;
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default:
+      STD_TORCH_CHECK(false, called(list, index, names), ": expected float64, float32, bfloat16 or float16, got ",
+                      type_name(t.scalar_type()));
+      return Dtype::f32;
+  }
+}
+
+struct Lists {
+  const Tensors *param = nullptr, *grad = nullptr, *momentum = nullptr;
+  const Tensors *row_moment = nullptr, *column_moment = nullptr, *decay = nullptr;
+};
+
+struct Call {
+  std::vector<Block> blocks;
+  Types types{Dtype::f32, Dtype::f32, Dtype::f32};
+  Work work{};
+  Tensor device_tensor;
+};
+
+// All entries of one list: as many as there are tensors, contiguous, of one dtype.
+void check_list(const Tensors* list, const char* name, size_t count, ScalarType type, const std::string& names) {
+  if (!list) return;
+  STD_TORCH_CHECK(list->size() == count, name, ": expected ", count, " tensors, got ", list->size());
+  for (size_t i = 0; i < count; ++i) expect((*list)[i], type, name, int64_t(i), names);
+}
+
+char* at(const Tensors* list, int64_t index, int64_t offset, int64_t count, const char* name, const std::string& names) {
+  if (!list || list->empty()) return nullptr;
+  const Tensor& t = (*list)[index];
+  STD_TORCH_CHECK(offset >= 0 && count >= 0 && offset + count <= t.numel(), called(name, index, names), ": expected at least ",
+                  offset + count, " elements, got ", t.numel());
+  return static_cast<char*>(t.data_ptr()) + offset * t.element_size();
+}
+
+Call read(const Lists& lists, const Tensor& work, const Tensor& blocks, const Tensor& hyper, const std::string& names) {
+  Call call{{}, {}, {}, work};
+  const Tensors* any = lists.grad ? lists.grad : lists.row_moment;
+  const size_t count = any->size();
+  STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Long && blocks.is_contiguous() && blocks.dim() == 2 &&
+                      blocks.size(1) == kBlockFields && blocks.is_cpu(),
+                  "blocks: expected a contiguous int64 CPU tensor of shape [n, ", kBlockFields, "]");
+  STD_TORCH_CHECK(hyper.scalar_type() == ScalarType::Double && hyper.is_contiguous() && hyper.dim() == 2 &&
+                      hyper.size(0) == blocks.size(0) && hyper.size(1) == kHyperFields && hyper.is_cpu(),
+                  "hyper: expected a contiguous float64 CPU tensor of shape [", blocks.size(0), ", ", kHyperFields, "]");
+  STD_TORCH_CHECK(work.dim() == 2 && work.size(0) == 3 && work.is_contiguous(),
+                  "work: expected a contiguous tensor of shape [3, n]");
+  if (count == 0 || blocks.size(0) == 0) return call;
+
+  const ScalarType compute = work.scalar_type();
+  STD_TORCH_CHECK(compute == ScalarType::Float || compute == ScalarType::Double, "work: expected float32 or float64, got ",
+                  type_name(compute));
+  if (lists.param) {
+    const ScalarType type = (*lists.param)[0].scalar_type();
+    call.types.param = dtype_of((*lists.param)[0], "param", 0, names);
+    STD_TORCH_CHECK(compute_type(type) == compute, called("param", 0, names), ": expected a dtype that is computed in ",
+                    type_name(compute), ", got ", type_name(type));
+    check_list(lists.param, "param", count, type, names);
+  } else {
+    call.types.param = compute == ScalarType::Double ? Dtype::f64 : Dtype::f32;
+  }
+  if (lists.grad) {
+    const ScalarType type = (*lists.grad)[0].scalar_type();
+    call.types.grad = dtype_of((*lists.grad)[0], "grad", 0, names);
+    const bool same = call.types.grad == call.types.param;
+    const bool low = call.types.param == Dtype::f32 && call.types.grad != Dtype::f64;
+    STD_TORCH_CHECK(same || low, called("grad", 0, names),
+                    ": expected the parameter's dtype (float32 parameters also take bfloat16 and float16), got ",
+                    type_name(type));
+    check_list(lists.grad, "grad", count, type, names);
+  } else {
+    call.types.grad = call.types.param;
+  }
+  call.types.momentum = compute == ScalarType::Double ? Dtype::f64 : Dtype::f32;
+  if (lists.momentum && !lists.momentum->empty()) {
+    const ScalarType type = (*lists.momentum)[0].scalar_type();
+    call.types.momentum = dtype_of((*lists.momentum)[0], "momentum", 0, names);
+    STD_TORCH_CHECK(type == compute || (type == ScalarType::BFloat16 && compute == ScalarType::Float),
+                    called("momentum", 0, names), ": expected ", type_name(compute), " or, with float32, bfloat16, got ",
+                    type_name(type));
+    check_list(lists.momentum, "momentum", count, type, names);
+  }
+  check_list(lists.row_moment, "row_moment", count, compute, names);
+  check_list(lists.column_moment, "column_moment", count, compute, names);
+  check_list(lists.decay, "decay", count, compute, names);
+
+  call.work = {work.data_ptr(), work.size(1)};
+  const auto* f = static_cast<const int64_t*>(blocks.data_ptr());
+  const auto* h = static_cast<const double*>(hyper.data_ptr());
+  call.blocks.reserve(blocks.size(0));
+  for (int64_t i = 0; i < blocks.size(0); ++i, f += kBlockFields, h += kHyperFields) {
+    const int64_t tensor = f[0], offset = f[1], rows = f[2], cols = f[3], row_state = f[7], column_state = f[8],
+                  decay_state = f[9];
+    STD_TORCH_CHECK(tensor >= 0 && tensor < int64_t(count) && rows >= 0 && cols >= 0 && f[4] >= 0 && f[4] <= 2 &&
+                        f[5] > 0 && f[6] > 0 && f[12] >= 0 && f[13] >= 0,
+                    "blocks[", i, "]: a field is out of range");
+    const auto moments = static_cast<Moments>(f[4]);
+    const bool has_rows = moments != Moments::column, has_columns = moments != Moments::row;
+    // Only rows that a phase writes need a place in the workspace: `step` keeps those of `row` moments on chip.
+    STD_TORCH_CHECK(f[10] >= 0 && f[11] >= 0 && (moments == Moments::row || f[10] + (has_rows ? rows : 0) <= work.size(1)) &&
+                        f[11] + (has_columns ? f[12] + cols : 0) <= work.size(1) &&
+                        f[11] + (has_columns ? f[13] : 0) <= work.size(1),
+                    "blocks[", i, "]: reaches beyond the workspace of ", work.size(1), " elements");
+    Block b{};
+    b.param = at(lists.param, tensor, offset, rows * cols, "param", names);
+    b.grad = at(lists.grad, tensor, offset, rows * cols, "grad", names);
+    b.momentum = at(lists.momentum, tensor, offset, rows * cols, "momentum", names);
+    if (lists.decay) {
+      if (has_rows) b.row_moment = at(lists.row_moment, tensor, row_state, rows, "row_moment", names);
+      if (has_columns) b.column_moment = at(lists.column_moment, tensor, column_state, f[13], "column_moment", names);
+      b.decay = at(lists.decay, tensor, decay_state, has_rows ? rows : f[13], "decay", names);
+    }
+    b.rows = rows;
+    b.cols = cols;
+    b.row_count = f[5];
+    b.column_count = f[6];
+    b.row_work = f[10];
+    b.column_work = f[11];
+    b.column_start = f[12];
+    b.columns = f[13];
+    b.moments = moments;
+    b.hyper = {h[0], h[1], h[2], h[3], h[4], h[5], h[6], h[7], h[8], h[9], h[10]};
+    call.blocks.push_back(b);
+  }
+  return call;
+}
+
+// Rows of `row` moments that go through the workspace (all phases but `step`) must have their place in it.
+void expect_row_work(const Call& call) {
+  for (const Block& b : call.blocks)
+    STD_TORCH_CHECK(b.moments != Moments::row || b.row_work + b.rows <= call.work.plane,
+                    "blocks: rows reach beyond the workspace of ", call.work.plane, " elements");
+}
+
+// `step` works a parameter's rows and columns out alone, so a parameter must be one block; and a row too long for one
+// pass (moments = "scalar") needs its place in the workspace.
+void expect_whole(const Call& call) {
+  for (const Block& b : call.blocks) {
+    STD_TORCH_CHECK(b.moments == Moments::row || (b.column_start == 0 && b.columns == b.cols),
+                    "blocks: step_ takes parameters of one block; use sums_, slots_ and update_ for others");
+    STD_TORCH_CHECK(b.moments != Moments::row || b.rows != 1 || b.row_work + 1 <= call.work.plane,
+                    "blocks: a row reaches beyond the workspace of ", call.work.plane, " elements");
+  }
+}
+
+using CpuPhase = void (*)(const Block*, int64_t, Types, Work);
+void run_cpu(CpuPhase phase, const Call& call) {
+  phase(call.blocks.data(), int64_t(call.blocks.size()), call.types, call.work);
+}
+
+#ifdef AMOS_WITH_CUDA
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t, void**);  // not in CPU builds of torch
+
+using CudaPhase = int (*)(const Block*, int64_t, Types, Work, void*, void*);
+void run_cuda(CudaPhase phase, const Call& call) {
+  if (call.blocks.empty()) return;
+  const int32_t device = call.device_tensor.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(device, &stream) == 0,
+                  "amos_dist: this build of torch has no CUDA stream; install a CUDA build of torch");
+  const int64_t n = int64_t(call.blocks.size()), bytes = cuda::scratch_bytes(call.blocks.data(), n, call.types);
+  Tensor scratch = torch::stable::new_empty(call.device_tensor, {bytes}, ScalarType::Byte);
+  const int code = phase(call.blocks.data(), n, call.types, call.work, scratch.data_ptr(), stream);
+  STD_TORCH_CHECK(code == 0, "amos_dist: CUDA error ", code, ": ", cuda::error_string(code));
+}
+#endif
+
+#define AMOS_OPS(NAME, RUN, SPACE)                                                                                      \
+  void sums_##NAME(Tensors grad, Tensor work, Tensor blocks, Tensor hyper, std::string names) {                         \
+    Lists l;                                                                                                            \
+    l.grad = &grad;                                                                                                     \
+    const Call call = read(l, work, blocks, hyper, names);                                                              \
+    expect_row_work(call);                                                                                              \
+    RUN(&SPACE::sums, call);                                                                                            \
+  }                                                                                                                     \
+  void slots_##NAME(Tensors row_moment, Tensors column_moment, Tensors decay, Tensor work, Tensor blocks, Tensor hyper, \
+                    std::string names) {                                                                                \
+    Lists l;                                                                                                            \
+    l.row_moment = &row_moment, l.column_moment = &column_moment, l.decay = &decay;                                     \
+    const Call call = read(l, work, blocks, hyper, names);                                                              \
+    expect_row_work(call);                                                                                              \
+    RUN(&SPACE::slots, call);                                                                                           \
+  }                                                                                                                     \
+  void update_##NAME(Tensors param, Tensors grad, Tensors momentum, Tensor work, Tensor blocks, Tensor hyper,           \
+                     std::string names) {                                                                               \
+    Lists l;                                                                                                            \
+    l.param = &param, l.grad = &grad, l.momentum = &momentum;                                                           \
+    const Call call = read(l, work, blocks, hyper, names);                                                              \
+    expect_row_work(call);                                                                                              \
+    RUN(&SPACE::update, call);                                                                                          \
+  }                                                                                                                     \
+  void step_##NAME(Tensors param, Tensors grad, Tensors momentum, Tensors row_moment, Tensors column_moment,            \
+                   Tensors decay, Tensor work, Tensor blocks, Tensor hyper, std::string names) {                        \
+    const Call call = read({&param, &grad, &momentum, &row_moment, &column_moment, &decay}, work, blocks, hyper, names); \
+    expect_whole(call);                                                                                                 \
+    RUN(&SPACE::step, call);                                                                                            \
+  }
+
+AMOS_OPS(cpu, run_cpu, cpu)
+#ifdef AMOS_WITH_CUDA
+AMOS_OPS(cuda, run_cuda, cuda)
+#endif
+
+}  // namespace
+}  // namespace amos
+
+STABLE_TORCH_LIBRARY(amos_dist, m) {
+  m.def("sums_(Tensor[] grad, Tensor(a!) work, Tensor blocks, Tensor hyper, str names) -> ()");
+  m.def(
+      "slots_(Tensor(a!)[] row_moment, Tensor(b!)[] column_moment, Tensor(c!)[] decay, Tensor(d!) work, Tensor blocks, "
+      "Tensor hyper, str names) -> ()");
+  m.def(
+      "update_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum, Tensor work, Tensor blocks, Tensor hyper, "
+      "str names) -> ()");
+  m.def(
+      "step_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum, Tensor(c!)[] row_moment, "
+      "Tensor(d!)[] column_moment, Tensor(e!)[] decay, Tensor(f!) work, Tensor blocks, Tensor hyper, str names) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(amos_dist, CPU, m) {
+  m.impl("sums_", TORCH_BOX(&amos::sums_cpu));
+  m.impl("slots_", TORCH_BOX(&amos::slots_cpu));
+  m.impl("update_", TORCH_BOX(&amos::update_cpu));
+  m.impl("step_", TORCH_BOX(&amos::step_cpu));
+}
+
+#ifdef AMOS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(amos_dist, CUDA, m) {
+  m.impl("sums_", TORCH_BOX(&amos::sums_cuda));
+  m.impl("slots_", TORCH_BOX(&amos::slots_cuda));
+  m.impl("update_", TORCH_BOX(&amos::update_cuda));
+  m.impl("step_", TORCH_BOX(&amos::step_cuda));
+}
+#endif
+
+// The module itself only carries facts about the build; importing it registers the operators.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (!module) return nullptr;
+#ifdef AMOS_WITH_CUDA
+  const char* archs = amos::cuda::architectures();
+#else
+  const char* archs = "";
+#endif
+  PyModule_AddStringConstant(module, "cuda_archs", archs);
+  PyModule_AddStringConstant(module, "cpu_isa", amos::cpu::instruction_set());
+  PyModule_AddStringConstant(module, "cpu_isas", amos::cpu::instruction_sets());
+  PyModule_AddStringConstant(module, "torch_built", AMOS_TORCH_BUILT);
+  PyModule_AddStringConstant(module, "no_cuda_reason", AMOS_NO_CUDA_REASON);
+  return module;
+}
