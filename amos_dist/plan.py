@@ -216,7 +216,8 @@ class Plan:
                 if not self.trusted:
                     faults = [m.layout.fault for m in self.members if m.layout.group is group and m.layout.fault]
                     bucket.shared_work[0, begin] = len(faults)
-                pending.append(Pending(bucket.shared_work[0, begin:end], group))
+                if end - begin > 1 or not self.trusted:
+                    pending.append(Pending(bucket.shared_work[0, begin:end], group))
         if not self.trusted:
             for each in pending:
                 each.wait()

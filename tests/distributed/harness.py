@@ -1,0 +1,83 @@
+"""Starts real ranks (gloo) of a worker script, with a timeout, and leaves no process behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_ranks(worker: str | Path, ranks: int, arguments: Any, timeout: float = 240) -> list[Any]:
+    """Runs `worker` on `ranks` processes and returns what each wrote with `report`.
+
+    The worker finds `arguments` with `received()`. Raises AssertionError with all output where a rank fails or hangs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "arguments.json").write_text(json.dumps(arguments))
+        common = {
+            **os.environ,
+            "AMOS_TEST_FOLDER": folder,
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "DS_ACCELERATOR": "cpu",
+        }
+        logs = [Path(folder, f"log{rank}") for rank in range(ranks)]
+        processes = []
+        for rank, log in enumerate(logs):
+            with log.open("w") as out:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, str(worker)],
+                        env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+        failure = ""
+        try:
+            for rank, process in enumerate(processes):
+                try:
+                    if process.wait(timeout) != 0:
+                        failure = f"rank {rank} ended with {process.returncode}"
+                        break
+                except subprocess.TimeoutExpired:
+                    failure = f"rank {rank} was still running after {timeout} s"
+                    break
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if failure:
+            tails = "\n".join(f"--- rank {i} ---\n{log.read_text()[-4000:]}" for i, log in enumerate(logs))
+            raise AssertionError(f"{failure}\n{tails}")
+        return [json.loads(Path(folder, f"result{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def received() -> Any:
+    """In a worker: the arguments."""
+    return json.loads(Path(os.environ["AMOS_TEST_FOLDER"], "arguments.json").read_text())
+
+
+def report(result: Any) -> None:
+    """In a worker: what `run_ranks` returns for this rank."""
+    Path(os.environ["AMOS_TEST_FOLDER"], f"result{os.environ['RANK']}.json").write_text(json.dumps(result))

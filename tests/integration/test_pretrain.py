@@ -1,0 +1,188 @@
+"""launch/pretrain.py from the command line: 1 and 2 ranks, comparison, exact resume, and what it refuses."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("deepspeed")
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+LIMIT = 120  # seconds: a rank that waits for ever fails the test, it does not stop the tests
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(*command: str | int | Path, ranks: int) -> subprocess.CompletedProcess[str]:
+    """Run a script on `ranks` ranks: under DeepSpeed's launcher, or plainly for one; all processes end."""
+    words = [sys.executable]
+    if ranks > 1:
+        options = ["--quiet", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+        words += ["-m", "deepspeed.launcher.runner", *options]
+    words += map(str, command)
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    process = subprocess.Popen(
+        words,
+        env=inherited | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"no end after {LIMIT} s:\n{output[-3000:]}")
+    return subprocess.CompletedProcess(words, process.returncode, output, "")
+
+
+def pretrain(*arguments: str | int | Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    options = ("--size", "tiny", "--eval-windows", 32)
+    return launch(LAUNCH / "pretrain.py", *options, *arguments, ranks=ranks)
+
+
+def losses(folder: Path) -> list[float]:
+    (run,) = json.loads((folder / "results.json").read_text())
+    return run["losses"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that is easy to learn: 40 words in random order."""
+    folder = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
+    words = [bytes(random.integers(97, 123, size=5, dtype=np.uint8)) + b" " for _ in range(40)]
+    for name, count in (("train", 8000), ("validation", 800)):
+        text = b"".join(words[i] for i in random.integers(0, 40, size=count))
+        np.save(folder / f"{name}.npy", np.frombuffer(text, dtype=np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 steps on 2 ranks without a break, with checkpoints after 5 and 10."""
+    out = tmp_path_factory.mktemp("saved")
+    done = pretrain("--data", corpus, "--steps", 10, "--save-every", 5, "--out", out)
+    assert done.returncode == 0, done.stdout
+    return out
+
+
+def copy_of(saved: Path, folder: Path) -> Path:
+    """The checkpoints of `saved` as they were after 5 steps; returns that checkpoint."""
+    checkpoints = folder / "checkpoints"
+    subprocess.run(["cp", "-r", saved / "checkpoints", checkpoints], check=True)
+    subprocess.run(["rm", "-r", checkpoints / "amos" / "step000010"], check=True)
+    return checkpoints / "amos" / "step000005"
+
+
+def refused(result: subprocess.CompletedProcess[str], *words: str | Path, ranks: int = 2) -> None:
+    """It ended with an error, and every rank said one sentence that has `words` in it."""
+    assert result.returncode != 0, result.stdout
+    for rank in range(ranks):
+        said = [line for line in result.stdout.splitlines() if f"rank {rank}: " in line]
+        assert said and all(str(word) in said[0] for word in words), result.stdout
+    assert "Traceback" not in result.stdout
+
+
+def test_one_rank_learns(corpus: Path, tmp_path: Path) -> None:
+    done = pretrain("--data", corpus, "--steps", 40, "--out", tmp_path, ranks=1)
+    assert done.returncode == 0, done.stdout
+    curve = losses(tmp_path)
+    assert len(curve) == 40
+    assert sum(curve[-5:]) / 5 < curve[0] - 2.0
+
+
+def test_batches_do_not_depend_on_the_number_of_ranks(corpus: Path, saved: Path, tmp_path: Path) -> None:
+    done = pretrain("--data", corpus, "--steps", 10, "--out", tmp_path, ranks=1)
+    assert done.returncode == 0, done.stdout
+    np.testing.assert_allclose(losses(tmp_path), losses(saved), rtol=2e-5)
+
+
+def test_resume_is_exact(corpus: Path, saved: Path, tmp_path: Path) -> None:
+    copy_of(saved, tmp_path)
+    done = pretrain("--data", corpus, "--steps", 10, "--out", tmp_path, "--resume")
+    assert done.returncode == 0, done.stdout
+    assert losses(tmp_path) == losses(saved)
+
+
+def test_truncated_checkpoint_is_refused(corpus: Path, saved: Path, tmp_path: Path) -> None:
+    file = max(copy_of(saved, tmp_path).glob("*optim_states.pt"))
+    os.truncate(file, file.stat().st_size // 2)
+    refused(pretrain("--data", corpus, "--steps", 10, "--out", tmp_path, "--resume"), file, "truncated")
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_other_settings_are_refused(corpus: Path, saved: Path, tmp_path: Path) -> None:
+    copy_of(saved, tmp_path)
+    result = pretrain("--data", corpus, "--steps", 10, "--seed", 1, "--out", tmp_path, "--resume", ranks=1)
+    refused(result, "seed = 0, not 1", ranks=1)
+
+
+def test_compare(corpus: Path, tmp_path: Path) -> None:
+    done = pretrain("--data", corpus, "--steps", 10, "--compare", "AdamW", "--out", tmp_path)
+    assert done.returncode == 0, done.stdout
+    amos, adamw = json.loads((tmp_path / "results.json").read_text())
+    assert (amos["name"], adamw["name"]) == ("Amos", "AdamW")
+    assert amos["losses"][0] == adamw["losses"][0]  # the same start and batch
+    assert 0 < amos["state_bytes"] < 0.6 * adamw["state_bytes"]
+    for run in (amos, adamw):
+        assert run["step_ms"] >= run["optimizer_ms"] > 0 and run["step_bytes"] > 0
+    table = (tmp_path / "table.md").read_text()
+    assert table in done.stdout
+    assert table.splitlines()[0].replace(" ", "") == "||Amos|AdamW|ratio|"
+    assert str(tmp_path / "plot.png") in done.stdout
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def too_short(path: Path) -> str:
+    np.save(path, np.zeros(64, dtype=np.uint8))
+    return "fewer than one sequence"
+
+
+def wrong_type(path: Path) -> str:
+    np.save(path, np.zeros(1000, dtype=np.float32))
+    return "float32"
+
+
+def truncated(path: Path) -> str:
+    os.truncate(path, path.stat().st_size // 2)
+    return "truncated"
+
+
+def missing(path: Path) -> str:
+    path.unlink()
+    return "no such token file"
+
+
+@pytest.mark.parametrize("damage, ranks", [(too_short, 2), (wrong_type, 1), (truncated, 1), (missing, 1)])
+def test_bad_data_is_refused(corpus: Path, tmp_path: Path, damage: Callable[[Path], str], ranks: int) -> None:
+    subprocess.run(["cp", "-r", corpus, tmp_path / "data"], check=True)
+    file = tmp_path / "data" / "validation.npy"
+    words = damage(file)
+    result = pretrain("--data", tmp_path / "data", "--steps", 2, "--out", tmp_path, ranks=ranks)
+    refused(result, file, words, ranks=ranks)
+
+
+def test_unknown_keyword_in_the_json(corpus: Path, tmp_path: Path) -> None:
+    config = json.loads((LAUNCH / "zero2.json").read_text())
+    config["optimizer"]["params"]["sigmma"] = 1.0
+    (tmp_path / "bad.json").write_text(json.dumps(config))
+    bad = ("--deepspeed_config", tmp_path / "bad.json")
+    result = pretrain("--data", corpus, *bad, "--out", tmp_path, ranks=1)
+    assert result.returncode != 0
+    assert "sigmma" in result.stdout.splitlines()[-1], result.stdout
