@@ -1,13 +1,15 @@
 """Trains a small model under DeepSpeed for each case it is given, and the same in plain torch, and reports the difference.
 
-A case: {"name", "stage", "dtype", "ranks"?, "params": Amos's keywords, "zero": more of zero_optimization,
-"config": more of the JSON, "groups": bool, "init": zero.Init, "micro", "accumulate", "steps"}.
+A case: {"name", "do": "train" | "refuse" | "resume" | "fault", "stage", "dtype", "params": Amos's keywords,
+"zero": more of zero_optimization, "config": more of the JSON, "groups": two parameter groups, "init": zero.Init,
+"warmup": steps, "micro": batch of one pass, "steps"}.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 from typing import Any
 
@@ -17,44 +19,17 @@ import torch.distributed as dist
 from torch import nn
 
 import amos_dist
-from amos_dist import plan
 from tests.distributed.harness import received, report
+from tests.distributed.model import Model, batch
 
 warnings.filterwarnings("ignore")
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Model(nn.Module):
-    """Odd sizes, a convolution, a parameter smaller than a row, a frozen and an unused one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.inner = nn.Linear(6, 13)
-        self.conv = nn.Conv1d(13, 5, 3, padding=1)
-        self.norm = nn.LayerNorm(5)
-        self.frozen = nn.Linear(5, 5)
-        self.frozen.weight.requires_grad_(False)
-        self.unused = nn.Linear(3, 2)
-        self.head = nn.Linear(5, 11, bias=False)
-        self.tiny = nn.Linear(1, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = torch.tanh(self.inner(self.embed(x)))
-        h = self.conv(h.transpose(1, 2)).transpose(1, 2)
-        h = self.frozen(self.norm(h)) + self.tiny(h.mean(-1, keepdim=True))
-        loss = nn.functional.cross_entropy(self.head(h).float().flatten(0, 1), x.flatten())
-        return loss + 0.0 * self.unused.weight.float().sum() * 0.0
-
-
 def make_model(dtype: torch.dtype) -> Model:
     torch.manual_seed(1)
     return Model().to(dtype)
-
-
-def batch(step: int, size: int) -> torch.Tensor:
-    return torch.randint(0, 11, (size, 9), generator=torch.Generator().manual_seed(100 + step))
 
 
 def grouped(model: nn.Module, split: bool) -> list[dict[str, Any]]:
@@ -113,9 +88,9 @@ def engine_for(case: dict[str, Any], size: int) -> Any:
         **case.get("config", {}),
     }
     if dtype == "bf16":
-        config["bf16"] = {"enabled": True}
+        config["bf16"] = {"enabled": True, **config.get("bf16", {})}
     if dtype == "fp16":
-        config["fp16"] = {"enabled": True, "initial_scale_power": 8}
+        config["fp16"] = {"enabled": True, "initial_scale_power": 8, **config.get("fp16", {})}
     if case.get("warmup"):
         config["scheduler"] = {
             "type": "WarmupLR",
@@ -140,17 +115,11 @@ def engine_for(case: dict[str, Any], size: int) -> Any:
 def make_partitioned(dtype: torch.dtype) -> Model:
     """Under zero.Init each module is partitioned when its constructor ends: start values are put in afterwards."""
     model = Model()
-    start = make_values(dtype)
     for name, param in model.named_parameters():
         with deepspeed.zero.GatheredParameters(param, modifier_rank=0):
             if dist.get_rank() == 0:
-                param.data.copy_(start[name])
-    model.frozen.weight.requires_grad_(False)
+                param.data.copy_(START[dtype][name])
     return model
-
-
-def make_values(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return VALUES[dtype]
 
 
 def full_parameters(engine: Any) -> dict[str, torch.Tensor]:
@@ -210,7 +179,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         if not difference <= worst:
             worst, where = difference, name
     base = engine.optimizer.optimizer if hasattr(engine.optimizer, "optimizer") else engine.optimizer
-    moved = float((got["inner.weight"] - make_values(DTYPES[case["dtype"]])["inner.weight"].float()).abs().max())
+    moved = float((got["inner.weight"] - START[DTYPES[case["dtype"]]]["inner.weight"].float()).abs().max())
     steps = sorted({int(state["step"]) for state in base.state.values()})
     state_numel = sum(
         t.numel() for state in base.state.values() for k, t in state.items() if k not in ("step", "momentum")
@@ -229,25 +198,63 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def refusal(case: dict[str, Any]) -> dict[str, Any]:
-    try:
-        engine = engine_for(case, 12 * case.get("micro", 2))
-        size = 12 * case.get("micro", 2)
-        for part in batch(0, size).chunk(size // 2)[dist.get_rank() :: dist.get_world_size()]:
+def train_steps(engine: Any, case: dict[str, Any], steps: range) -> None:
+    micro = case.get("micro", 2)
+    size = 12 * micro
+    for step in steps:
+        for part in batch(step, size).chunk(size // micro)[dist.get_rank() :: dist.get_world_size()]:
             engine.backward(engine(part))
             engine.step()
+
+
+def refuse(case: dict[str, Any]) -> dict[str, Any]:
+    """What goes wrong, in words."""
+    try:
+        train_steps(engine_for(case, 12 * case.get("micro", 2)), case, range(1))
     except Exception as error:
         return {"name": case["name"], "error": type(error).__name__, "text": str(error)}
     return {"name": case["name"], "error": "", "text": ""}
 
 
+def resume(case: dict[str, Any]) -> dict[str, Any]:
+    """Trains 4 + 4 steps; then loads what was saved after 4 into another engine and trains the last 4 again."""
+    folder = os.environ["AMOS_TEST_FOLDER"] + "/" + case["name"].replace(" ", "_")
+    engine = engine_for(case, 12 * case.get("micro", 2))
+    train_steps(engine, case, range(4))
+    engine.save_checkpoint(folder, "four")
+    train_steps(engine, case, range(4, 8))
+    first = full_parameters(engine)
+    again = engine_for(case, 12 * case.get("micro", 2))
+    again.load_checkpoint(folder, "four")
+    train_steps(again, case, range(4, 8))
+    second = full_parameters(again)
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    return {"name": case["name"], "different": different}
+
+
+def fault(case: dict[str, Any]) -> dict[str, Any]:
+    """One rank's partition does not hold what the parameters say: every rank must say so, and nothing change."""
+    engine = engine_for(case, 12 * case.get("micro", 2))
+    stage3 = case["stage"] == 3
+    flats = engine.optimizer.fp32_partitioned_groups_flat if stage3 else engine.optimizer.single_partition_of_fp32_groups
+    if dist.get_rank() == 1:
+        flats[0].data[3] += 1
+    before = [flat.detach().clone() for flat in flats]
+    try:
+        train_steps(engine, case, range(1))
+        text = ""
+    except RuntimeError as error:
+        text = str(error)
+    same = all(torch.equal(a, b) for a, b in zip(before, flats, strict=True))
+    return {"name": case["name"], "text": text, "unchanged": same}
+
+
 if __name__ == "__main__":
     deepspeed.init_distributed("gloo", verbose=False)
-    VALUES = {
+    START = {
         dtype: {n: p.detach().clone() for n, p in make_model(dtype).named_parameters()} for dtype in DTYPES.values()
     }
-    assert plan.Plan  # the package under test is the one of this checkout
-    cases = received()
-    report([refusal(case) if case.get("refused") else run(case) for case in cases])
+    do = {"train": run, "refuse": refuse, "resume": resume, "fault": fault}
+    report([do[case.get("do", "train")](case) for case in received()])
     dist.barrier()
     dist.destroy_process_group()
