@@ -64,10 +64,10 @@ class Build(BuildExtension):
     def build_extensions(self) -> None:
         if toolkit:
             for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-                self.extensions[0].extra_objects.append(self.compile_cuda(source))
+                self.extensions[0].extra_objects.append(self.compile_cuda(source, toolkit))
         super().build_extensions()
 
-    def compile_cuda(self, source: Path) -> str:
+    def compile_cuda(self, source: Path, toolkit: Path) -> str:
         target = Path(self.build_temp).absolute() / f"{source.stem}.cuda.o"
         target.parent.mkdir(parents=True, exist_ok=True)
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs.split(";")]

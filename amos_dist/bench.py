@@ -66,7 +66,7 @@ def measure(
     shapes: list[tuple[int, ...]], repeat: int, device: torch.device, names: list[str] | None = None
 ) -> dict[str, dict[str, float]]:
     """For each optimizer: median seconds and state bytes; the optimizers take turns, so that drift hits all alike."""
-    params = [torch.nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
+    params: list[torch.Tensor] = [torch.nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
     for param in params:
         param.grad = torch.randn_like(param) * 1e-3
     numel = sum(param.numel() for param in params)

@@ -194,10 +194,10 @@ class Plan:
     def __init__(self, members: list[Member], kinds: dict[int, str], numbers: Numbers) -> None:
         self.members, self.numbers = members, numbers
         self.trusted = False
-        together: dict[Any, list[Member]] = {}
+        together: dict[tuple[torch.device, torch.dtype], list[Member]] = {}
         for member in members:
             together.setdefault((member.tensor.device, compute_dtype(member.tensor)), []).append(member)
-        self.buckets = [_Bucket(*key, some, kinds) for key, some in together.items()]
+        self.buckets = [_Bucket(device, dtype, some, kinds) for (device, dtype), some in together.items()]
 
     def run(self, states: dict[Tensor, State], fused: bool | None) -> None:
         """Moves every tensor that has a gradient by one step, and its state with it.
