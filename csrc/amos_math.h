@@ -17,7 +17,7 @@ namespace amos {
 template <class T>
 struct Consts {
   T beta, one_minus_beta, bias, lr2, lr_sigma, c_scale, d_scale, extra_l2, eps, inv_sqrt_eps;
-  T clip, grad_sign, momentum, one_minus_momentum;
+  T clip, momentum, one_minus_momentum;
 };
 
 template <class T>
@@ -27,14 +27,13 @@ AMOS_FN Consts<T> make_consts(const Hyper& h) {
   k.one_minus_beta = T(1.0 - h.beta);
   k.bias = T(h.bias);
   k.lr2 = T(h.lr * h.lr);
-  k.lr_sigma = T(h.lr * h.sigma);
+  k.lr_sigma = T(h.grad_sign * h.lr * h.sigma);  // the sign rides on A: no work for each element
   k.c_scale = T(h.c_coef * sqrt(h.lr));
   k.d_scale = T(h.d_coef * sqrt(h.lr * h.sigma));
   k.extra_l2 = T(h.extra_l2);
   k.eps = T(h.eps);
   k.inv_sqrt_eps = T(1.0 / sqrt(h.eps));
   k.clip = T(h.clip);
-  k.grad_sign = T(h.grad_sign);
   k.momentum = T(h.momentum);
   k.one_minus_momentum = T(1.0 - h.momentum);
   return k;

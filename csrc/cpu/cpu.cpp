@@ -24,7 +24,7 @@ struct NoMomentum {};
 template <class P>
 using Compute = typename std::conditional<std::is_same<P, double>::value, double, float>::type;
 
-constexpr int kLanes = 16;                 // partial sums in a chunk: enough to hide the adder's latency
+constexpr int kLanes = 64;                 // partial sums in a chunk: enough to hide the adder's latency
 constexpr int64_t kChunk = 4096;           // elements that one float sum covers
 constexpr int64_t kColumnSplits = 16;      // row ranges whose column sums are made apart, then joined in order
 constexpr int64_t kGrain = 32768;          // elements that are worth a thread

@@ -80,9 +80,24 @@ AMOS_FN void store_some(S* p, Vec<T> x, int64_t n) {
 }
 
 template <class T>
-AMOS_FN Vec<T> squared(Vec<T> g, T clip) {
-  g = g > clip ? Vec<T>{} + clip : g;
-  g = g < -clip ? Vec<T>{} - clip : g;
+AMOS_FN Vec<T> broadcast(T x) {
+  return Vec<T>{} + x;
+}
+
+// Bounds in registers: a loop that stores through pointers must not read them anew from memory.
+template <class T>
+struct Clip {
+  Vec<T> high, low;
+  AMOS_FN explicit Clip(T clip) : high(broadcast<T>(clip)), low(broadcast<T>(-clip)) {}
+  AMOS_FN Vec<T> operator()(Vec<T> g) const {  // one instruction for each bound in this form; a NaN stays a NaN
+    g = high < g ? high : g;
+    return low > g ? low : g;
+  }
+};
+
+template <class T>
+AMOS_FN Vec<T> squared(Vec<T> g, const Clip<T>& clip) {
+  g = clip(g);
   return g * g;
 }
 
@@ -97,7 +112,8 @@ AMOS_FN double lanes_sum(const Vec<T>* parts) {
 
 // Sum of squares of n <= kChunk elements.
 template <class T, class G>
-AMOS_FN double chunk_sum(const G* g, int64_t n, T clip) {
+AMOS_FN double chunk_sum(const G* g, int64_t n, T bound) {
+  const Clip<T> clip(bound);
   Vec<T> acc[kParts<T>] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
@@ -127,7 +143,8 @@ void row_sums(const G* g, int64_t cols, T clip, int64_t first, int64_t last, T* 
 
 // kRows rows into `columns` (added) and, where rows is not null, into their own sums, in one reading.
 template <int kRows, class T, class G>
-AMOS_FN void panel_sums(const G* g, int64_t cols, T clip, T* rows, T* columns) {
+AMOS_FN void panel_sums(const G* g, int64_t cols, T bound, T* rows, T* columns) {
+  const Clip<T> clip(bound);
   double total[kRows] = {};
   for (int64_t begin = 0; begin < cols; begin += kChunk) {
     const int64_t end = cols - begin < kChunk ? cols : begin + kChunk;
@@ -176,25 +193,28 @@ struct RowCoefs {
   const T *P, *Q;
 };
 
+// The same in registers.
+template <class T>
+struct RowVectors {
+  Vec<T> A, B, limit, momentum, one_minus_momentum;
+  Clip<T> clip;
+  AMOS_FN RowVectors(const RowCoefs<T>& row, const Consts<T>& k)
+      : A(broadcast<T>(row.A)),
+        B(broadcast<T>(row.B)),
+        limit(broadcast<T>(row.limit)),
+        momentum(broadcast<T>(k.momentum)),
+        one_minus_momentum(broadcast<T>(k.one_minus_momentum)),
+        clip(k.clip) {}
+};
+
 // One vector of a row: theta <- theta - Delta. The caller loads and stores.
 template <Moments kind, bool with_momentum, class T>
-AMOS_FN void update_vector(Vec<T>& theta, Vec<T> g, Vec<T>& m, Vec<T> P, Vec<T> Q, const RowCoefs<T>& row,
-                           const Consts<T>& k) {
-  g = g > k.clip ? Vec<T>{} + k.clip : g;
-  g = g < -k.clip ? Vec<T>{} - k.clip : g;
-  g *= k.grad_sign;
-  Vec<T> A, B;
-  if constexpr (kind == Moments::column) {
-    A = P;
-    B = Q;
-  } else {
-    A = Vec<T>{} + row.A;
-    B = Vec<T>{} + row.B;
-  }
-  if constexpr (kind == Moments::factored) A *= P > row.limit ? Vec<T>{} + row.limit : P;
-  Vec<T> step = A * g + B * theta;
+AMOS_FN void update_vector(Vec<T>& theta, Vec<T> g, Vec<T>& m, Vec<T> P, Vec<T> Q, const RowVectors<T>& row) {
+  const Vec<T> A = kind == Moments::column ? P : kind == Moments::row ? row.A : row.A * (row.limit < P ? row.limit : P);
+  const Vec<T> B = kind == Moments::column ? Q : row.B;
+  Vec<T> step = A * row.clip(g) + B * theta;
   if constexpr (with_momentum) {
-    m = k.momentum * m + k.one_minus_momentum * step;
+    m = row.momentum * m + row.one_minus_momentum * step;
     step = m;
   }
   theta -= step;
@@ -203,18 +223,21 @@ AMOS_FN void update_vector(Vec<T>& theta, Vec<T> g, Vec<T>& m, Vec<T> P, Vec<T> 
 // Updates n elements of a row; with `next`, also returns the sum of squares of the n gradients there (n <= kChunk):
 // the update waits for memory, so the other row's sum costs no time.
 template <Moments kind, class P, class G, class M, class T>
-AMOS_FN double update_chunk(P* theta, const G* g, M* m, int64_t n, RowCoefs<T> row, const Consts<T>& k, const G* next) {
+AMOS_FN double update_chunk(P* theta, const G* g, M* m, int64_t n, const RowCoefs<T>& coefs, const Consts<T>& k,
+                            const G* next) {
   constexpr bool with_momentum = !std::is_same<M, NoMomentum>::value;
   constexpr int W = kWidth<T>;
   using Momentum = typename std::conditional<with_momentum, M, T>::type;
   auto* mp = reinterpret_cast<Momentum*>(m);
+  const RowVectors<T> row(coefs, k);
+  const T *pp = coefs.P, *qp = coefs.Q;
   Vec<T> acc[kParts<T>] = {};
   auto vector_at = [&](int64_t i) __attribute__((always_inline)) {
     Vec<T> t = load(theta + i), mv = {}, p = {}, q = {};
     if constexpr (with_momentum) mv = load(mp + i);
-    if constexpr (kind != Moments::row) p = load(row.P + i);
-    if constexpr (kind == Moments::column) q = load(row.Q + i);
-    update_vector<kind, with_momentum>(t, load(g + i), mv, p, q, row, k);
+    if constexpr (kind != Moments::row) p = load(pp + i);
+    if constexpr (kind == Moments::column) q = load(qp + i);
+    update_vector<kind, with_momentum, T>(t, load(g + i), mv, p, q, row);
     store(theta + i, t);
     if constexpr (with_momentum) store(mp + i, mv);
   };
@@ -222,7 +245,7 @@ AMOS_FN double update_chunk(P* theta, const G* g, M* m, int64_t n, RowCoefs<T> r
   if (next) {
     for (; i + kLanes <= n; i += kLanes)
       for (int part = 0; part < kParts<T>; ++part) {
-        acc[part] += squared<T>(load(next + i + part * W), k.clip);
+        acc[part] += squared<T>(load(next + i + part * W), row.clip);
         vector_at(i + part * W);
       }
   } else {
@@ -231,12 +254,12 @@ AMOS_FN double update_chunk(P* theta, const G* g, M* m, int64_t n, RowCoefs<T> r
   }
   for (int part = 0; i < n; ++part, i += W) {
     const int64_t some = n - i < W ? n - i : W;
-    if (next) acc[part] += squared<T>(load_some<T>(next + i, some), k.clip);
+    if (next) acc[part] += squared<T>(load_some<T>(next + i, some), row.clip);
     Vec<T> t = load_some<T>(theta + i, some), mv = {}, p = {}, q = {};
     if constexpr (with_momentum) mv = load_some<T>(mp + i, some);
-    if constexpr (kind != Moments::row) p = load_some<T>(row.P + i, some);
-    if constexpr (kind == Moments::column) q = load_some<T>(row.Q + i, some);
-    update_vector<kind, with_momentum>(t, load_some<T>(g + i, some), mv, p, q, row, k);
+    if constexpr (kind != Moments::row) p = load_some<T>(pp + i, some);
+    if constexpr (kind == Moments::column) q = load_some<T>(qp + i, some);
+    update_vector<kind, with_momentum, T>(t, load_some<T>(g + i, some), mv, p, q, row);
     store_some<T>(theta + i, t, some);
     if constexpr (with_momentum) store_some<T>(mp + i, mv, some);
   }
@@ -293,10 +316,11 @@ void element_steps(P* theta, const G* g, M* m, int64_t r0, int64_t r1, T* moment
   constexpr int W = kWidth<T>;
   using Momentum = typename std::conditional<with_momentum, M, T>::type;
   auto* mp = reinterpret_cast<Momentum*>(m);
+  const RowVectors<T> row(RowCoefs<T>{}, k);
   for (int64_t i = r0; i < r1; i += W) {
     const int64_t n = r1 - i < W ? r1 - i : W;
     Vec<T> t = load_some<T>(theta + i, n), gv = load_some<T>(g + i, n), mv = {}, A = {}, B = {};
-    const Vec<T> G2 = squared<T>(gv, k.clip);
+    const Vec<T> G2 = squared<T>(gv, row.clip);
     if constexpr (with_momentum) mv = load_some<T>(mp + i, n);
     T g2[W], a[W] = {}, b[W] = {};
     __builtin_memcpy(g2, &G2, sizeof g2);
@@ -308,7 +332,7 @@ void element_steps(P* theta, const G* g, M* m, int64_t r0, int64_t r1, T* moment
     }
     __builtin_memcpy(&A, a, sizeof A);
     __builtin_memcpy(&B, b, sizeof B);
-    update_vector<Moments::column, with_momentum>(t, gv, mv, A, B, RowCoefs<T>{}, k);
+    update_vector<Moments::column, with_momentum, T>(t, gv, mv, A, B, row);
     store_some<T>(theta + i, t, n);
     if constexpr (with_momentum) store_some<T>(mp + i, mv, n);
   }
