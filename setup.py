@@ -74,7 +74,7 @@ class Build(BuildExtension):
         newest = archs.split(";")[-1]
         codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # for GPUs that come later
         command = [str(toolkit / "bin" / "nvcc"), "-O3", "-std=c++17", "--threads=0", *codes]
-        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", f'-DAMOS_CUDA_ARCHS="{archs}"']
+        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all", f'-DAMOS_CUDA_ARCHS="{archs}"']
         command += ["-c", str(source), "-o", str(target)]
         print(" ".join(command), flush=True)
         if subprocess.call(command) != 0:

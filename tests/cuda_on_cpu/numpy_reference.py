@@ -1,0 +1,74 @@
+"""Amos in plain numpy and float64, for one R x C matrix: written from the paper's formulas, not from the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray
+
+
+@dataclass
+class Hyper:
+    """One parameter's numbers for one step; the fields, and their order, are those of `amos::Hyper`."""
+
+    lr: float = 0.3
+    sigma: float = 0.5
+    beta: float = 0.9
+    bias: float = 1 - 0.9**3
+    momentum: float = 0.9
+    clip: float = np.inf
+    extra_l2: float = 0.01
+    c_coef: float = 0.25
+    d_coef: float = 0.25
+    eps: float = 2.0**-125
+    grad_sign: float = 1.0
+
+
+@dataclass
+class State:
+    """What a parameter remembers; `decay` has one entry for each row, or for each column of "column"."""
+
+    row_moment: Array
+    column_moment: Array
+    decay: Array
+    momentum: Array | None = None
+
+
+def step(theta: Array, grad: Array, state: State, moments: str, h: Hyper) -> tuple[Array, State]:
+    """The next parameter and the next state. `moments` is "row", "column" or "factored"."""
+    g = np.clip(grad, -h.clip, h.clip)
+    squares = g * g
+    row_moment, column_moment = state.row_moment, state.column_moment
+    if moments != "column":
+        row_moment = h.beta * row_moment + (1 - h.beta) * squares.mean(1)
+    if moments != "row":
+        column_moment = h.beta * column_moment + (1 - h.beta) * squares.mean(0)
+
+    # The moment that an element is divided by, and the one that its weight decay sees.
+    if moments == "row":
+        G, v = squares.mean(1), row_moment
+        element_v = np.broadcast_to(v[:, None], g.shape)
+    elif moments == "column":
+        G, v = squares.mean(0), column_moment
+        element_v = np.broadcast_to(v[None, :], g.shape)
+    else:
+        G, v = squares.mean(1), row_moment
+        mean = column_moment.mean()
+        profile = np.ones_like(column_moment) if mean == 0 else column_moment / mean
+        element_v = v[:, None] * profile[None, :]
+
+    def spread(x: Array) -> Array:
+        return x[None, :] if moments == "column" else x[:, None]
+
+    b = state.decay
+    gamma = h.lr**2 * G * h.bias / np.maximum(v, h.eps) / np.sqrt(1 + h.c_coef * np.sqrt(h.lr) * b)
+    d = 1 / (1 + h.d_coef * np.sqrt(h.lr * h.sigma) * b)
+    rate = h.lr * h.sigma * np.sqrt(h.bias / np.maximum(element_v, h.eps))
+    delta = spread(d) * (rate * h.grad_sign * g + (spread(gamma) / 2 + h.extra_l2) * theta)
+    momentum = state.momentum
+    if momentum is not None:
+        momentum = h.momentum * momentum + (1 - h.momentum) * delta
+        delta = momentum
+    return theta - delta, State(row_moment, column_moment, b + gamma * (1 + b), momentum)

@@ -1,0 +1,273 @@
+"""The CUDA kernels, run on the CPU, against float64 numpy."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_on_cpu import (
+    HERE,
+    MOMENTS,
+    PAIRS,
+    SOURCE,
+    Call,
+    CBlock,
+    Piece,
+    Problem,
+    Types,
+    assert_close,
+    check,
+    compile_for_cpu,
+    environment,
+    run_pieces,
+)
+from numpy_reference import Hyper
+
+MATRICES = [(1, 1), (3, 7), (5, 255), (33, 768), (130, 300), (2, 5000), (1, 40000), (700, 1), (70, 1030)]
+CUTS = [
+    (3, 7, (4,)),
+    (3, 7, (2, 5)),
+    (5, 255, (100, 400, 900)),
+    (130, 300, (4567,)),
+    (4, 600, (250, 700, 701)),
+    (70, 3, (50, 100)),
+]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    path: Path = tmp_path_factory.mktemp("cuda_on_cpu") / "kernels.so"
+    flags = ["-O1", "-fPIC", "-shared", '-DAMOS_CUDA_ARCHS="none;cpu"']
+    loaded = ctypes.CDLL(str(compile_for_cpu(path, SOURCE, HERE / "capi.cpp", flags=flags)))
+    loaded.amos_scratch_bytes.restype = loaded.amos_block_bytes.restype = ctypes.c_int64
+    loaded.amos_error_string.restype = loaded.amos_architectures.restype = ctypes.c_char_p
+    assert loaded.amos_block_bytes() == ctypes.sizeof(CBlock)
+    return loaded
+
+
+@pytest.mark.parametrize("way", ["step", "phases"])
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize(("rows", "cols"), MATRICES)
+def test_matrix(library: ctypes.CDLL, way: str, moments: str, rows: int, cols: int) -> None:
+    """Shapes on both sides of every border: thread, warp and CTA rows, tiles and chunks, one and several parts."""
+    piece = Piece(Problem(moments, rows, cols, Types(momentum="f32")))
+    Call(library, [piece]).run(way)
+    check(piece)
+
+
+@pytest.mark.parametrize("momentum", [None, "compute", "bf16"])
+@pytest.mark.parametrize(("param", "grad"), PAIRS)
+def test_dtypes(library: ctypes.CDLL, param: str, grad: str, momentum: str | None) -> None:
+    if momentum == "compute":
+        momentum = "f64" if param == "f64" else "f32"
+    types = Types(param, grad, momentum)
+    shapes = [(7, 96), (5, 61), (40, 1), (2, 2056)]
+    pieces = [Piece(Problem(moments, rows, cols, types)) for moments in MOMENTS for rows, cols in shapes]
+    for way in ("step", "phases"):
+        pieces = [Piece(piece.problem) for piece in pieces]
+        Call(library, pieces, align=8).run(way)
+        for piece in pieces:
+            check(piece)
+
+
+@pytest.mark.parametrize(
+    "hyper",
+    [
+        Hyper(clip=0.3),
+        Hyper(extra_l2=0.0),
+        Hyper(extra_l2=0.5),
+        Hyper(grad_sign=-1.0),
+        Hyper(eps=0.5),
+        Hyper(c_coef=2.0, d_coef=0.0),
+        Hyper(c_coef=0.0, d_coef=3.0),
+        Hyper(momentum=0.0),
+        Hyper(lr=0.01, sigma=2.0, beta=0.999, bias=1 - 0.999, clip=0.1, grad_sign=-1.0),
+    ],
+)
+def test_options(library: ctypes.CDLL, hyper: Hyper) -> None:
+    pieces = [Piece(Problem(moments, 6, 40, Types(momentum="f32"), hyper)) for moments in MOMENTS]
+    for way in ("step", "phases"):
+        pieces = [Piece(piece.problem) for piece in pieces]
+        Call(library, pieces).run(way)
+        for piece in pieces:
+            check(piece)
+
+
+@pytest.mark.parametrize("align", [1, 8])
+@pytest.mark.parametrize("offsets", [(1, 1, 1), (2, 2, 2), (3, 3, 0), (0, 1, 0), (4, 12, 4), (1, 5, 1), (9, 5, 13)])
+@pytest.mark.parametrize(
+    "types", [Types("f32", "f32", "f32"), Types("f32", "bf16", "bf16"), Types("bf16", "bf16", "f32")]
+)
+def test_unaligned(library: ctypes.CDLL, types: Types, offsets: tuple[int, int, int], align: int) -> None:
+    """Vectors must begin where all arrays allow them: the emulation stops at a misaligned access."""
+    pieces = [Piece(Problem(moments, 3, cols, types), offsets=offsets) for moments in MOMENTS for cols in (64, 61)]
+    for way in ("step", "phases"):
+        pieces = [Piece(piece.problem, offsets=offsets) for piece in pieces]
+        Call(library, pieces, align).run(way)
+        for piece in pieces:
+            check(piece)
+
+
+@pytest.mark.parametrize("way", ["step", "phases"])
+def test_many_blocks(library: ctypes.CDLL, way: str) -> None:
+    """More than a launch can carry, with every kind and hyper-parameters of its own for each."""
+    random = np.random.default_rng(1)
+    pieces = []
+    for i in range(500):
+        rows, cols = (int(x) for x in random.integers(1, 9, 2))
+        problem = Problem(MOMENTS[i % 3], rows, cols, hyper=Hyper(lr=0.1 + 0.001 * i, extra_l2=0.0), seed=i)
+        pieces.append(Piece(problem))
+    with environment(SHIM_SMS="3"):
+        Call(library, pieces).run(way)
+    for piece in pieces:
+        check(piece)
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize(("rows", "cols", "borders"), CUTS)
+def test_pieces_equal_the_whole(
+    library: ctypes.CDLL, moments: str, rows: int, cols: int, borders: tuple[int, ...]
+) -> None:
+    """Ranges that begin and end inside rows: up to three blocks of one parameter share its columns."""
+    problem = Problem(moments, rows, cols, Types(momentum="f32"))
+    whole = Piece(problem)
+    Call(library, [whole]).run("phases")
+    pieces = run_pieces(library, problem, borders)
+    for piece in pieces:
+        check(piece)
+    cut = np.concatenate([piece.param.values for piece in pieces])
+    assert np.abs(cut - whole.param.values).max() <= 1e-6 * np.abs(whole.param.values).max()
+
+
+def test_columns_are_added_to(library: ctypes.CDLL) -> None:
+    """`sums` assigns rows and adds to columns: what other calls left there stays."""
+    problem = Problem("factored", 9, 50)
+    piece = Piece(problem)
+    call = Call(library, [piece])
+    row_work, column_work = call.layout[0]
+    call.work.set(np.full(3 * call.plane, 1000.0))
+    call.phase("sums")
+    squares = problem.grad**2
+    assert_close(call.work.values[row_work : row_work + 9], squares.sum(1), "f32", "rows")
+    assert_close(call.work.values[column_work : column_work + 50], squares.sum(0) + 1000, "f32", "columns")
+    others = np.delete(call.work.values, [*range(row_work, row_work + 9), *range(column_work, column_work + 50)])
+    assert (others == 1000).all()
+
+
+@pytest.mark.parametrize("way", ["step", "phases"])
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("shape", [(5, 40), (1, 33000), (30, 1)])
+def test_zero_gradient_changes_nothing(library: ctypes.CDLL, way: str, moments: str, shape: tuple[int, int]) -> None:
+    """At t = 1 with a new state, where v, b and the sums are all zero."""
+    problem = Problem(moments, *shape, hyper=Hyper(beta=0.999, bias=1 - 0.999, extra_l2=0.0))
+    problem.grad = np.zeros(shape)
+    for entries in (problem.state.row_moment, problem.state.column_moment, problem.state.decay):
+        entries[:] = 0
+    piece = Piece(problem)
+    Call(library, [piece]).run(way)
+    assert (piece.param.values == problem.theta.ravel()).all()
+    assert (piece.decay.values == 0).all()
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_zero_rows_and_columns(library: ctypes.CDLL, moments: str) -> None:
+    """Rows and columns that never saw a gradient, in a matrix that has."""
+    problem = Problem(moments, 8, 70, hyper=Hyper(extra_l2=0.0))
+    problem.grad[:, [0, 31, 69]] = 0
+    problem.grad[[2, 7]] = 0
+    problem.state.row_moment[[2, 7]] = 0
+    problem.state.column_moment[[0, 31, 69]] = 0
+    for way in ("step", "phases"):
+        piece = Piece(problem)
+        Call(library, [piece]).run(way)
+        assert np.isfinite(piece.param.values).all()
+        check(piece)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("moments", ["row", "column"])
+def test_bad_gradient_stays_in_its_entry(library: ctypes.CDLL, moments: str, bad: float) -> None:
+    """A NaN or an infinity reaches what shares a moment with it, and nothing else; it is not hidden by clipping."""
+    hyper = Hyper(clip=0.5) if np.isnan(bad) else Hyper()
+    problem = Problem(moments, 6, 50, hyper=hyper)
+    problem.grad[3, 20] = bad
+    for way in ("step", "phases"):
+        piece = Piece(problem)
+        Call(library, [piece]).run(way)
+        theta = piece.param.values.reshape(6, 50)
+        hit = np.zeros((6, 50), bool)
+        hit[(3, slice(None)) if moments == "row" else (slice(None), 20)] = True
+        assert np.isnan(theta[3, 20])
+        assert np.isfinite(theta[~hit]).all()
+        if np.isnan(bad):
+            assert np.isnan(theta[hit]).all()
+            check(piece)
+
+
+def test_orders_and_grids_give_the_same_bits(library: ctypes.CDLL) -> None:
+    """Threads and CTAs in any order, and any number of CTAs."""
+    problems = [
+        Problem(moments, *shape) for moments in MOMENTS for shape in [(130, 600), (1, 34000), (40, 1), (9, 1030)]
+    ]
+    results = []
+    for order, sms in (("fwd", "1"), ("rev", "1"), ("7", "2")):
+        with environment(SHIM_ORDER=order, SHIM_SMS=sms):
+            for way in ("step", "phases"):
+                pieces = [Piece(problem) for problem in problems]
+                Call(library, pieces).run(way)
+                cut = run_pieces(library, problems[8], (700, 40000))
+                results.append((way, [t.bytes.tobytes() for piece in [*pieces, *cut] for t in piece.tensors()]))
+    for way, result in results[2:]:
+        assert result == dict(results[:2])[way]
+
+
+def test_empty_blocks(library: ctypes.CDLL) -> None:
+    """Blocks without elements, alone and among others, touch nothing, not even the columns."""
+    full, empty = Piece(Problem("factored", 4, 30)), Piece(Problem("factored", 4, 30))
+    call = Call(library, [empty, full])
+    call.blocks[0].rows = 0
+    call.run("step")
+    check(full)
+    assert (empty.column_moment.values == empty.problem.state.column_moment).all()
+    call.n = 1
+    for name in ("step", "sums", "slots", "update"):
+        call.phase(name)
+    call.n = 0
+    for name in ("step", "sums", "slots", "update"):
+        call.phase(name)
+
+
+def test_blocks_without_momentum_among_others(library: ctypes.CDLL) -> None:
+    types = Types(momentum="f32")
+    pieces = [Piece(Problem(moments, 5, 37, types)) for moments in MOMENTS for _ in range(2)]
+    for piece in pieces[::2]:
+        piece.momentum = piece.problem.state.momentum = None
+    Call(library, pieces).run("step")
+    for piece in pieces:
+        check(piece)
+
+
+@pytest.mark.parametrize("shape", [(40, 1), (5, 300), (3, 2000), (2, 33000)])
+def test_step_keeps_rows_out_of_the_workspace(library: ctypes.CDLL, shape: tuple[int, int]) -> None:
+    """Rows of `row` have no place there in `step`, however long they are, unless there is only one."""
+    piece = Piece(Problem("row", *shape))
+    call = Call(library, [piece])
+    call.blocks[0].row_work = 2**40
+    before = call.work.raw.copy()
+    call.run("step")
+    check(piece)
+    assert (call.work.raw == before).all()
+
+
+def test_errors(library: ctypes.CDLL) -> None:
+    """Types that no kernel was built for are an error, and change nothing."""
+    piece = Piece(Problem("row", 3, 4))
+    call = Call(library, [piece])
+    call.types = dataclasses.replace(call.types, param="f64", grad="bf16")
+    with pytest.raises(AssertionError, match="invalid argument"):
+        call.phase("step")
+    assert (piece.param.values == piece.problem.theta.ravel()).all()
+    assert library.amos_architectures() == b"none;cpu"
