@@ -30,7 +30,7 @@ def test_no_spills(tmp_path: Path) -> None:
         assert compiler.returncode == 0, output[-4000:]
         assert "warning" not in output, output[-4000:]
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output)
-        assert len(frames) == output.count("Compiling entry function") > 40
+        assert len(frames) == output.count("Compiling entry function") > 30
         assert {int(size) for frame in frames for size in frame} == {0}, (
             f"sm_{chip} uses local memory:\n{output[-4000:]}"
         )

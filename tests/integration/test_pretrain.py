@@ -107,8 +107,20 @@ def test_one_rank_learns(corpus: Path, tmp_path: Path) -> None:
     assert sum(curve[-5:]) / 5 < curve[0] - 2.0
 
 
-def test_batches_do_not_depend_on_the_number_of_ranks(corpus: Path, saved: Path, tmp_path: Path) -> None:
-    done = pretrain("--data", corpus, "--steps", 10, "--out", tmp_path, ranks=1)
+def test_one_rank_in_two_parts_equals_two_ranks(corpus: Path, saved: Path, tmp_path: Path) -> None:
+    config = json.loads((LAUNCH / "zero2.json").read_text())
+    config["gradient_accumulation_steps"] = 2
+    (tmp_path / "parts.json").write_text(json.dumps(config))
+    parts = ("--deepspeed_config", tmp_path / "parts.json")
+    done = pretrain("--data", corpus, *parts, "--steps", 10, "--out", tmp_path, ranks=1)
+    assert done.returncode == 0, done.stdout
+    np.testing.assert_allclose(losses(tmp_path), losses(saved), rtol=2e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_other_stages_equal_stage_2(corpus: Path, saved: Path, tmp_path: Path, stage: int) -> None:
+    config = ("--deepspeed_config", LAUNCH / f"zero{stage}.json")
+    done = pretrain("--data", corpus, *config, "--steps", 10, "--out", tmp_path)
     assert done.returncode == 0, done.stdout
     np.testing.assert_allclose(losses(tmp_path), losses(saved), rtol=2e-5)
 
