@@ -74,7 +74,13 @@ class Build(BuildExtension):
         newest = archs.split(";")[-1]
         codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # for GPUs that come later
         command = [str(toolkit / "bin" / "nvcc"), "-O3", "-std=c++17", "--threads=0", *codes]
-        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all", f'-DAMOS_CUDA_ARCHS="{archs}"']
+        command += [
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+            "-Xfatbin",
+            "-compress-all",
+            f'-DAMOS_CUDA_ARCHS="{archs}"',
+        ]
         command += ["-c", str(source), "-o", str(target)]
         print(" ".join(command), flush=True)
         if subprocess.call(command) != 0:
@@ -99,7 +105,15 @@ extension = CppExtension(
     depends=[str(path) for path in (ROOT / "csrc").rglob("*") if path.is_file()],
     define_macros=macros,
     # No contraction to fused multiply-add: results must not depend on the instruction set.
-    extra_compile_args="-std=c++20 -O3 -g0 -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wno-psabi".split(),
+    extra_compile_args=[
+        "-std=c++20",
+        "-O3",
+        "-g0",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fvisibility=hidden",
+        "-Wno-psabi",
+    ],
     extra_link_args=["-s"],
     py_limited_api=True,
     **cuda,

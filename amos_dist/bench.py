@@ -92,7 +92,8 @@ def main(model: str, repeat: int, device_name: str | None) -> None:
     result = measure(shapes, repeat, device)
     axpy, adam = result["in-place axpy"]["seconds"], result["AdamW fused"]
     numel = sum(torch.Size(shape).numel() for shape in shapes)
-    print(f"{model}: {numel / 1e6:.1f} M float32 parameters on {device}, {torch.get_num_threads()} threads, median of {repeat}")
+    threads = torch.get_num_threads()
+    print(f"{model}: {numel / 1e6:.1f} M float32 parameters on {device}, {threads} threads, median of {repeat}")
     print(f"{'':30s}{'ms':>9s}{'x axpy':>9s}{'x AdamW':>9s}{'state MB':>10s}{'x AdamW':>9s}")
     for name, row in result.items():
         state = ""

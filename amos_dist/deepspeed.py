@@ -1,7 +1,7 @@
 """DeepSpeed: `"optimizer": {"type": "Amos", ...}` in its JSON, for ZeRO stages 0 to 3.
 
-DeepSpeed takes any optimizer that is an attribute of torch.optim, and asks that ZeRO know its class. Nothing of DeepSpeed
-is patched, and nothing imported: its modules are looked up where they are loaded already. Seen with 0.19.8.
+DeepSpeed takes any optimizer that is an attribute of torch.optim, and asks that ZeRO know its class. Nothing of
+DeepSpeed is patched, and nothing imported: its modules are looked up where they are loaded already. Seen with 0.19.8.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _look_around(making: Any) -> Surroundings | None:
 
 
 def _engine_at_work() -> Any:
-    """The DeepSpeed engine whose constructor called us: DeepSpeed hands an optimizer only tensors and its JSON params."""
+    """The DeepSpeed engine whose constructor called us: it hands an optimizer only tensors and its JSON params."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "_configure_basic_optimizer":

@@ -81,9 +81,7 @@ class _Hyper(NamedTuple):
 
 
 def _rows(blocks: Tensor, hyper: Tensor) -> list[tuple[_Block, _Hyper]]:
-    return [
-        (_Block(*b), _Hyper(*h)) for b, h in zip(blocks.tolist(), hyper.tolist(), strict=True) if b[2] and b[3]
-    ]
+    return [(_Block(*b), _Hyper(*h)) for b, h in zip(blocks.tolist(), hyper.tolist(), strict=True) if b[2] and b[3]]
 
 
 def sums_(grad: Tensors, work: Tensor, blocks: Tensor, hyper: Tensor, names: str = "") -> None:
@@ -111,7 +109,8 @@ def slots_(
             b = decay[block.tensor].view(-1)[block.decay_state : block.decay_state + block.rows]
             work[0, places], work[1, places] = h.coefficients(work[0, places] / block.row_count, v, b)
             if block.moments == FACTORED:
-                work[2, places] = v.clamp(min=h.eps).sqrt() * h.eps**-0.5
+                # amos_math.h: profile_limit
+                work[2, places] = torch.where(v < h.eps, -(h.eps / v).sqrt(), v.sqrt() * h.eps**-0.5)
         if block.moments != ROW and block.columns:
             places = block.all_columns()
             G = work[0, places] / block.column_count
@@ -140,8 +139,9 @@ def update_(
         else:
             A, B = work[0, block.row_places()].unsqueeze(1), work[1, block.row_places()].unsqueeze(1)
         if block.moments == FACTORED:
-            limit = work[2, block.row_places()].unsqueeze(1)
-            A = A * torch.minimum(work[0, block.column_places()], limit)
+            limit, one = work[2, block.row_places()].unsqueeze(1), work.new_ones(())
+            factor, most = torch.where(limit < 0, -limit, one), torch.where(limit < 0, one, limit)
+            A = A * torch.minimum(factor * work[0, block.column_places()], most)
         wide = theta.to(work.dtype)
         step = A * g + B * wide
         if momentum:

@@ -1,7 +1,8 @@
 """The Python face of the kernels: loads the extension, registers its fakes, and says what was built.
 
 `backend(device, fused)` gives the four functions sums_, slots_, update_ and step_ (see csrc/ops.cpp) for a device:
-torch.ops.amos_dist where the extension has kernels for it, amos_dist.fallback elsewhere, with one warning that says why.
+torch.ops.amos_dist where the extension has kernels for it, amos_dist.fallback elsewhere, with one warning that says
+why.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def why_not(device_type: str) -> str:
 def _warn_once(reason: str) -> None:
     warnings.warn(
         f"amos_dist uses its slower pure-torch step, because {reason}. "
-        "Reinstall with `pip install --no-build-isolation .` (AMOS_CUDA=1 for CUDA), or pass fused=False to silence this.",
+        "Reinstall with `pip install --no-build-isolation .` (AMOS_CUDA=1 for CUDA), or pass fused=False to accept it.",
         stacklevel=4,
     )
 

@@ -19,6 +19,7 @@ from .reference import effective_moments, matrix_view
 from .sharding import Layout, Original, layout_of, refuse_unknown
 from .sharding.zero import original_shape
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOAT_STATE = ("row_moment", "column_moment", "moment", "decay")
 
 
@@ -118,6 +119,7 @@ class Amos(Optimizer):
         self._kinds: dict[int, str] = {}
         self._plans: dict[Any, Plan] = {}
         self._layouts: dict[int, tuple[Tensor, Layout]] = {}
+        self._checked: dict[int, list[tuple[str, Any]]] = {}
         super().__init__(params, defaults)
         self._rules.refuse_useless([original.name for original in self._originals])
 
@@ -160,7 +162,7 @@ class Amos(Optimizer):
     def _note_original(self, number: int, place: int, name: str, param: Tensor) -> Original:
         group = self.param_groups[number]
         refuse_unknown(param, name)
-        if not param.is_floating_point():
+        if param.dtype not in DTYPES:
             raise TypeError(
                 f"parameter {name!r} is {str(param.dtype).removeprefix('torch.')}. Amos trains float64, float32, "
                 "bfloat16 and float16 parameters: convert it, or view complex numbers as pairs."
@@ -178,8 +180,12 @@ class Amos(Optimizer):
             values |= module_rules.settings_from(advice, "paper", explicit)
             given = {**group, **values}
         if "lr" in values:  # a rule's lr follows the group's schedule
-            base = float(group["lr"])
-            values["lr_factor"] = float(values.pop("lr")) / base if base else 1.0
+            if not float(group["lr"]):
+                raise ValueError(
+                    f"a rule sets lr={values['lr']} for {name!r}, but its group has lr=0: nothing to scale. "
+                    "Give the group its peak lr; a schedule moves both."
+                )
+            values["lr_factor"] = float(values.pop("lr")) / float(group["lr"])
         shape, key = original_shape(param), len(self._originals)
         try:
             kind = effective_moments(shape, given["moments"], given["row_dims"])
@@ -212,8 +218,6 @@ class Amos(Optimizer):
         if sigma == "auto":
             sigma = group["measured_sigma"][original.place]
         lr = float(group["lr"]) * override.get("lr_factor", 1.0)
-        if not 0 <= lr < math.inf:
-            raise ValueError(f"lr={lr} for parameter {original.name!r}. Mend the schedule: it must be finite and >= 0.")
         beta, clip = float(setting("beta")), setting("clip_value")
         return [
             lr,
@@ -253,35 +257,63 @@ class Amos(Optimizer):
         ]
         if not any(tensor.grad is not None for _, tensor, _ in chosen):
             return loss
+        for group in self.param_groups:
+            self._check_group(group)
+        self._refuse_gradients([tensor for _, tensor, _ in chosen])
         plan = self._plan(chosen)
-        self._refuse_gradients(plan)
-        if self._is_trial(plan):
-            return loss
-        fused = self.param_groups[0]["fused"]
-        plan.run(self.state, False if self.param_groups[0]["foreach"] else fused)
+        if not self._is_trial(plan):
+            plan.run(self.state)
         return loss
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Schedulers and users change groups between steps: checks their values when they have changed."""
+        values = [(key, float(v) if isinstance(v := group[key], Tensor) else v) for key in settings.KEYWORDS]
+        if self._checked.get(id(group)) != values:
+            settings.check(dict(values))
+            self._checked[id(group)] = values
+
+    def _refuse_gradients(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            if (grad := tensor.grad) is None or (grad.layout == torch.strided and not grad.is_complex()):
+                continue
+            name = next((o.name for o in self._originals if o.param is tensor), "a flat partition")
+            if grad.is_complex():
+                raise RuntimeError(
+                    f"the gradient of {name!r} is complex, which Amos does not support. "
+                    "View the parameter as pairs of real numbers."
+                )
+            raise RuntimeError(
+                f"the gradient of {name!r} is sparse, which Amos does not support. "
+                "Build the embedding with sparse=False."
+            )
+
     def _plan(self, chosen: list[tuple[int, Tensor, dict[str, Any]]]) -> Plan:
-        key = tuple((id(t), id(g), bool(g["momentum"]), str(g["momentum_dtype"])) for _, t, g in chosen)
+        keywords = ("momentum_dtype", "fused", "foreach")
+        key = tuple((id(t), id(g), bool(g["momentum"]), *(g[k] for k in keywords)) for _, t, g in chosen)
         if key in self._plans:
             if all(self.state.get(tensor) for _, tensor, _ in chosen):
                 return self._plans[key]
             del self._plans[key]  # the state was cleared: make it anew
-        members = []
-        for index, tensor, group in chosen:
-            layout = self._layout(index, tensor, group)
-            names = [self._originals[piece.key].name for piece in layout.pieces]
-            name = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-            overrides = [self._overrides[piece.key].get("momentum", group["momentum"]) for piece in layout.pieces]
-            dtype = None
-            if any(overrides):
-                dtype = settings.momentum_dtype(group["momentum_dtype"]) or compute_dtype(tensor)
-                dtype = torch.float64 if compute_dtype(tensor) == torch.float64 else dtype
-            members.append(Member(tensor, group, layout, name, dtype))
+        members = [self._member(index, tensor, group) for index, tensor, group in chosen]
         for member in members:
             self._make_state(member)
         self._plans[key] = Plan(members, self._kinds, self._numbers)
         return self._plans[key]
+
+    def _member(self, index: int, tensor: Tensor, group: dict[str, Any]) -> Member:
+        layout = self._layout(index, tensor, group)
+        originals = [self._originals[piece.key] for piece in layout.pieces]
+        name = ", ".join(o.name for o in originals[:3]) + (", …" if len(originals) > 3 else "")
+        # One buffer for all pieces: the widest dtype that any of them asks for.
+        wanted = {
+            settings.momentum_dtype(self._setting(o, group, "momentum_dtype")) or compute_dtype(tensor)
+            for o in originals
+            if self._setting(o, group, "momentum")
+        }
+        dtype = next(iter(wanted)) if len(wanted) == 1 else (compute_dtype(tensor) if wanted else None)
+        if dtype is not None and compute_dtype(tensor) == torch.float64:
+            dtype = torch.float64
+        return Member(tensor, group, layout, name, dtype, False if group["foreach"] else group["fused"])
 
     def _layout(self, index: int, tensor: Tensor, group: dict[str, Any]) -> Layout:
         if id(tensor) not in self._layouts:
@@ -290,12 +322,14 @@ class Amos(Optimizer):
         return self._layouts[id(tensor)][1]
 
     def _state_shapes(self, tensor: Tensor, layout: Layout) -> dict[str, tuple[int, ...]]:
-        """The shapes of the float state of a tensor: keepdim shapes of a whole parameter, else one vector for all pieces."""
+        """The shapes of a tensor's float state: keepdim shapes of a whole parameter, else one vector for all pieces."""
         whole = self._originals[layout.pieces[0].key] if len(layout.pieces) == 1 else None
         if whole is None or whole.shape != tuple(tensor.shape) or not whole.numel:
             return {key: (size,) for key, size in state_sizes(layout.pieces, self._kinds).items() if size}
         kind, shape = self._kinds[whole.key], whole.shape
-        row_dims = self._overrides[whole.key].get("row_dims", self.param_groups[whole.group]["row_dims"]) if shape else 0
+        row_dims = (
+            self._overrides[whole.key].get("row_dims", self.param_groups[whole.group]["row_dims"]) if shape else 0
+        )
         rows = shape[:row_dims] + (1,) * (len(shape) - row_dims)
         columns = (1,) * row_dims + shape[row_dims:]
         if kind in ("scalar", "full"):
@@ -319,27 +353,11 @@ class Amos(Optimizer):
             if key not in state or state[key].numel() != math.prod(shape):
                 raise RuntimeError(
                     f"the state {key!r} of {member.name!r} has {state[key].numel() if key in state else 'no'} entries, "
-                    f"expected {math.prod(shape)}. The checkpoint is of another model, another number of ranks or other "
-                    "settings of `moments`: use the ones it was written with."
+                    f"expected {math.prod(shape)}. The checkpoint is of another model, another number of ranks or "
+                    "other `moments`: use the ones it was written with."
                 )
         if member.momentum_dtype is not None and state["momentum"].dtype != member.momentum_dtype:
             state["momentum"] = state["momentum"].to(member.momentum_dtype)
-
-    def _refuse_gradients(self, plan: Plan) -> None:
-        for member in plan.members:
-            grad = member.tensor.grad
-            if grad is None:
-                continue
-            if grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"the gradient of {member.name!r} is sparse, which Amos does not support. "
-                    "Build the embedding with sparse=False."
-                )
-            if grad.is_complex():
-                raise RuntimeError(
-                    f"the gradient of {member.name!r} is complex, which Amos does not support. "
-                    "View the parameter as pairs of real numbers."
-                )
 
     def _is_trial(self, plan: Plan) -> bool:
         """DeepSpeed's stage 0 in fp16 and bf16 calls step() once with zero gradients at start: that must not count."""
@@ -355,18 +373,39 @@ class Amos(Optimizer):
         Raises:
             ValueError: the state is of another optimizer, another model or other `moments`; nothing has changed then.
         """
-        self._refuse_state_dict(state_dict)
-        super().load_state_dict(state_dict)
-        # torch casts float state to the parameter's dtype: put back what was written.
+        arrived: list[dict[str, Any]] = []  # what the user's own hooks, which run first, made of it
+
+        def refuse(_: Optimizer, final: dict[str, Any]) -> None:
+            self._refuse_state_dict(final)
+            arrived.append(final)
+
+        def put_back(_: Optimizer) -> None:
+            self._put_back(arrived[0])
+
+        handles = (
+            self.register_load_state_dict_pre_hook(refuse),
+            self.register_load_state_dict_post_hook(put_back, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _put_back(self, state_dict: dict[str, Any]) -> None:
+        """torch casts float state to the parameter's dtype: puts back what was written."""
         saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         mine = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         for number, tensor in zip(saved, mine, strict=True):
             for key, value in state_dict["state"].get(number, {}).items():
-                if key in FLOAT_STATE or key == "momentum":
+                if key in FLOAT_STATE:
+                    self.state[tensor][key] = value.detach().to(tensor.device, compute_dtype(tensor), copy=True)
+                elif key == "momentum":
                     self.state[tensor][key] = value.detach().to(tensor.device, copy=True)
                 elif key == "step":
-                    self.state[tensor][key] = torch.as_tensor(value, dtype=torch.float32).detach().clone().cpu()
+                    self.state[tensor][key] = torch.as_tensor(value, dtype=torch.float32).detach().cpu().clone()
         self._plans.clear()
+        self._checked.clear()
 
     def _refuse_state_dict(self, state_dict: dict[str, Any]) -> None:
         for key in ("state", "param_groups"):
@@ -385,6 +424,19 @@ class Amos(Optimizer):
                 )
             for place, (number, tensor) in enumerate(zip(saved["params"], group["params"], strict=True)):
                 self._refuse_state(state_dict["state"].get(number, {}), tensor, place, group)
+            if "amos_group" not in saved or "measured_sigma" not in saved:
+                raise ValueError(
+                    "the state_dict is not of Amos: a parameter group has no 'amos_group'. "
+                    "To start with a fresh optimizer on these weights, load the model only."
+                )
+            for original in (o for o in self._originals if o.group == saved["amos_group"]):
+                measured = saved["measured_sigma"]
+                sigma = self._overrides[original.key].get("sigma", saved.get("sigma", "auto"))
+                if sigma == "auto" and (original.place >= len(measured) or measured[original.place] is None):
+                    raise ValueError(
+                        f"the state_dict has no sigma for {original.name!r}. "
+                        "Build the optimizer with the `sigma` and the rules that the checkpoint was written with."
+                    )
 
     def _refuse_state(self, state: dict[str, Any], tensor: Tensor, place: int, group: dict[str, Any]) -> None:
         if not state:
@@ -392,11 +444,16 @@ class Amos(Optimizer):
         original = next((o for o in self._originals if o.param is tensor), None)
         name = original.name if original else f"the tensor at place {place}"
         foreign = sorted(set(state) - {"step", "momentum", *FLOAT_STATE})
-        if foreign or "step" not in state or "decay" not in state:
+        if foreign or "step" not in state:
             raise ValueError(
                 f"the state of {name!r} is not of Amos: it has {', '.join(map(repr, sorted(state)))}. "
                 "To start with a fresh optimizer on these weights, load the model only."
             )
+        for key, value in state.items():
+            if not isinstance(value, Tensor) and key != "step":
+                raise ValueError(
+                    f"the state {key!r} of {name!r} is no tensor but {value!r}. Load what Amos.state_dict() returned."
+                )
         if original is None:
             return  # a flat partition: its state is checked when its layout is known, at the next step
         expected = self._state_shapes(tensor, Layout([original.whole()]))
@@ -419,7 +476,7 @@ class Amos(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._surroundings, self._plans, self._layouts = Surroundings(), {}, {}
+        self._surroundings, self._plans, self._layouts, self._checked = Surroundings(), {}, {}, {}
         for group in self.param_groups:
             for key, value in settings.DEFAULTS.items():
                 group.setdefault(key, value)

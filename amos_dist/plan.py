@@ -33,6 +33,7 @@ class Member:
     layout: Layout
     name: str
     momentum_dtype: torch.dtype | None  # None: without momentum
+    fused: bool | None
 
 
 def has_rows(kind: str) -> bool:
@@ -115,7 +116,8 @@ class _Bucket:
                 self._place_travelling(group, [m.layout for m in members if m.layout.group is group])
         self.travelling = self._shared.used
         for member in members:
-            launch = self.launches.setdefault((member.tensor.dtype, member.momentum_dtype), _Launch())
+            kind = (member.tensor.dtype, member.momentum_dtype, member.fused)
+            launch = self.launches.setdefault(kind, _Launch())
             self._add(launch, member)
         for launch in self.launches.values():
             launch.local.freeze()
@@ -199,13 +201,13 @@ class Plan:
             together.setdefault((member.tensor.device, compute_dtype(member.tensor)), []).append(member)
         self.buckets = [_Bucket(device, dtype, some, kinds) for (device, dtype), some in together.items()]
 
-    def run(self, states: dict[Tensor, State], fused: bool | None) -> None:
+    def run(self, states: dict[Tensor, State]) -> None:
         """Moves every tensor that has a gradient by one step, and its state with it.
 
         Raises:
             RuntimeError: on every rank, where the layout of any rank cannot be trusted; nothing has changed then.
         """
-        calls = [_Call(bucket, launch, self, states, fused) for bucket in self.buckets for launch in bucket.launches.values()]
+        calls = [_Call(bucket, launch, self, states) for bucket in self.buckets for launch in bucket.launches.values()]
         for bucket in self.buckets:
             bucket.shared_work[0, : bucket.travelling] = 0
         for call in calls:
@@ -248,18 +250,16 @@ class Plan:
 class _Call:
     """One launch in one step: its tensors, state and numbers, ready for the kernels."""
 
-    def __init__(self, bucket: _Bucket, launch: _Launch, plan: Plan, states: dict[Tensor, State], fused: bool | None) -> None:
+    def __init__(self, bucket: _Bucket, launch: _Launch, plan: Plan, states: dict[Tensor, State]) -> None:
         self.bucket, self.launch = bucket, launch
-        self.ops = ops.backend(bucket.device, fused)
+        self.ops = ops.backend(bucket.device, launch.members[0].fused)
         self.names = "\n".join(member.name for member in launch.members)
         empty = torch.empty(0, dtype=bucket.dtype, device=bucket.device)
         self.states = [states[member.tensor] for member in launch.members]
         self.present = [member.tensor.grad is not None for member in launch.members]
         self.params = [member.tensor.detach() for member in launch.members]
         self.dense = [p if p.is_contiguous() else p.contiguous() for p in self.params]
-        self.grads = [self._gradient(m.tensor, empty) for m in launch.members]
-        some = next((g.dtype for g, there in zip(self.grads, self.present, strict=True) if there), None)
-        self.grads = [g if there else g.to(some) for g, there in zip(self.grads, self.present, strict=True)]
+        self.grads = self._gradients(empty)
         self.rows = [state.get("row_moment", state.get("moment", empty)) for state in self.states]
         self.columns = [state.get("column_moment", empty) for state in self.states]
         self.decay = [state.get("decay", empty) for state in self.states]
@@ -269,13 +269,13 @@ class _Call:
         self.local = self._chosen(launch.local, plan.numbers)
         self.shared = self._chosen(launch.shared, plan.numbers)
 
-    @staticmethod
-    def _gradient(tensor: Tensor, empty: Tensor) -> Tensor:
-        grad = tensor.grad
-        if grad is None:
-            return empty
-        low_for_float = tensor.dtype == torch.float32 and grad.dtype in (torch.bfloat16, torch.float16)
-        return (grad if low_for_float else grad.to(tensor.dtype)).contiguous()
+    def _gradients(self, empty: Tensor) -> list[Tensor]:
+        """Contiguous, of one dtype: the parameter's, or for float32 parameters a lower one that all gradients have."""
+        grads = [member.tensor.grad for member in self.launch.members]
+        dtype = self.launch.members[0].tensor.dtype
+        if dtype == torch.float32 and len(found := {grad.dtype for grad in grads if grad is not None}) == 1:
+            dtype = next(iter(found & {torch.bfloat16, torch.float16}), dtype)
+        return [(empty if grad is None else grad).to(dtype).contiguous() for grad in grads]
 
     def _chosen(self, blocks: _Blocks, numbers: Numbers) -> tuple[Tensor, Tensor]:
         """The rows of the table whose tensors have a gradient, and the numbers beside each."""

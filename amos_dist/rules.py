@@ -1,14 +1,13 @@
 """sigma, moments and row_dims of each parameter, from the modules of a model or from the numbers in a parameter.
 
-Sources: Tian & Parikh 2022, section 3 and appendix (the table of eta, here sigma="paper"); J. Su, kexue.fm/archives/9344
-(sigma = the scale at initialization, here sigma="auto").
+Sources: Tian & Parikh 2022, section 3 and appendix (the table of eta, here sigma="paper"); J. Su,
+kexue.fm/archives/9344 (sigma = the scale at initialization, here sigma="auto").
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +19,19 @@ from .sharding.zero import original_shape, partition_sum_of_squares
 
 
 class Advice(NamedTuple):
-    """What a parameter's place in the model says about it. sigma: the paper's; None where it has no say."""
+    """What a parameter's place in the model says about it.
 
-    sigma: float | None
+    Attributes:
+        sigma: the paper's.
+        row_dims, moments: how it is to be read; moments: None where it has no say.
+        fan_in: inputs of an output unit; None for what is no kernel.
+    """
+
+    sigma: float
     row_dims: int
     moments: str | None
     reason: str
+    fan_in: int | None = None
 
 
 _ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ReLU6, nn.ELU, nn.Mish, nn.Hardswish)
@@ -69,14 +75,12 @@ def _after_activation(model: nn.Module) -> set[int]:
     return found
 
 
-def _advise(
-    full: str, prefix: str, module: nn.Module, name: str, shape: tuple[int, ...], after: bool
-) -> Advice:
+def _advise(full: str, prefix: str, module: nn.Module, name: str, shape: tuple[int, ...], after: bool) -> Advice:
     kind = type(module).__name__
     leaf = prefix.rsplit(".", 1)[-1]
+    if "bias" in name:
+        return Advice(0.5, 1, None, "bias")
     if len(shape) < 2:
-        if "bias" in name:
-            return Advice(0.5, 1, None, "bias")
         if _NORM.search(kind) or _NORM.search(leaf):
             return Advice(1.0, 1, None, "scale of a normalization")
         return Advice(0.5, 1, None, "1-d")
@@ -84,24 +88,27 @@ def _advise(
         return Advice(0.5, 1, None, "relative positions")
     if isinstance(module, nn.Embedding) or "embed" in kind.lower():
         return Advice(math.sqrt(2 / shape[-1]), 1, None, "embedding: sqrt(2 / width)")
-    if isinstance(module, _TRANSPOSED):
-        fan_in = shape[0] * math.prod(shape[2:])
-        return Advice(math.sqrt((2 if after else 1) / fan_in), 2, None, "transposed convolution: output is dim 1")
+
+    def kernel(gain: int, fan_in: int, reason: str, row_dims: int = 1, moments: str | None = None) -> Advice:
+        return Advice(math.sqrt(gain / fan_in), row_dims, moments, f"{reason}: sqrt({gain} / fan_in)", fan_in)
+
     fan_in = math.prod(shape[1:])
+    if isinstance(module, _TRANSPOSED):  # the output is dim 1
+        return kernel(2 if after else 1, shape[0] * math.prod(shape[2:]), "transposed convolution", row_dims=2)
     if isinstance(module, _CONV):
         if after:
-            return Advice(math.sqrt(2 / fan_in), 1, None, "convolution after ReLU: sqrt(2 / fan_in)")
-        if module.in_channels <= 4:
-            return Advice(math.sqrt(8 / fan_in), 1, None, "convolution on pixels: sqrt(8 / fan_in)")
-        return Advice(math.sqrt(2 / fan_in), 1, None, "convolution: sqrt(2 / fan_in)")
+            return kernel(2, fan_in, "convolution after ReLU")
+        return (
+            kernel(8, fan_in, "convolution on pixels") if module.in_channels <= 4 else kernel(2, fan_in, "convolution")
+        )
+    if len(shape) == 3:  # (E, out, in)
+        return kernel(1, shape[-1], "stacked kernels", row_dims=2)
     moments = None
     if kind == "Conv1D":  # Hugging Face's: the weight is (in, out)
         fan_in, moments = shape[0], "column"
-    if len(shape) == 3:  # stacked experts (E, out, in)
-        return Advice(math.sqrt(1 / shape[-1]), 2, None, "stacked kernels: sqrt(1 / fan_in)")
     if after or _MLP_OUTPUT.search(prefix):
-        return Advice(math.sqrt(2 / fan_in), 1, moments, "kernel after ReLU or GELU: sqrt(2 / fan_in)")
-    return Advice(math.sqrt(1 / fan_in), 1, moments, "kernel: sqrt(1 / fan_in)")
+        return kernel(2, fan_in, "kernel after ReLU or GELU", moments=moments)
+    return kernel(1, fan_in, "kernel", moments=moments)
 
 
 def param_groups(model: nn.Module, sigma: str | float = "auto", **keywords: Any) -> list[dict[str, Any]]:
@@ -124,6 +131,8 @@ def param_groups(model: nn.Module, sigma: str | float = "auto", **keywords: Any)
         if not param.requires_grad:
             continue
         values = settings_from(advice[name], sigma, keywords)
+        if sigma == "auto" and (fan_in := advice[name].fan_in) and not param.is_meta and not param.any():
+            values["sigma"] = math.sqrt(1 / fan_in)  # zeros have no scale; their module knows the fan-in
         group = groups.setdefault(tuple(values.items()), {"params": [], **keywords, **values})
         group["params"].append((name, param))
     return list(groups.values())
@@ -131,7 +140,7 @@ def param_groups(model: nn.Module, sigma: str | float = "auto", **keywords: Any)
 
 def settings_from(advice: Advice, sigma: Any, keywords: dict[str, Any]) -> dict[str, Any]:
     """The keywords that `advice` adds to those given: sigma, and row_dims and moments where the user did not say."""
-    values: dict[str, Any] = {"sigma": advice.sigma if sigma == "paper" and advice.sigma else sigma}
+    values: dict[str, Any] = {"sigma": advice.sigma if sigma == "paper" else sigma}
     if "row_dims" not in keywords and advice.row_dims != 1:
         values["row_dims"] = advice.row_dims
     # One value for each output unit: of a transposed weight that is one for each column.
@@ -182,5 +191,3 @@ def _scale(param: Tensor, total: Tensor | None, row_dims: int) -> float:
     if (scale := math.sqrt(float(total) / math.prod(shape))) > 0:
         return scale
     return math.sqrt(1 / max(1, math.prod(shape[row_dims:])))
-
-

@@ -102,7 +102,7 @@ def check(values: Mapping[str, Any], name: str | None = None) -> None:
 def momentum_dtype(value: Any, where: str = "") -> torch.dtype | None:
     """The dtype that `momentum_dtype` names: a torch dtype, its name (for JSON), or None for the compute dtype."""
     dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
-    if dtype not in (None, torch.float32, torch.float64, torch.bfloat16) or (value is not None and dtype is None):
+    if dtype not in (None, torch.float32, torch.bfloat16) or (value is not None and dtype is None):
         raise ValueError(f"momentum_dtype={value!r}{where} is not supported. Use 'float32', 'bfloat16' or null.")
     return dtype
 
@@ -143,9 +143,7 @@ class Rules:
             try:
                 self.patterns.append(re.compile(rule["match"]))
             except re.error as error:
-                raise ValueError(
-                    f"{where}: {rule['match']!r} is not a regular expression: {error}. Mend it."
-                ) from None
+                raise ValueError(f"{where}: {rule['match']!r} is not a regular expression: {error}. Mend it.") from None
             values = {key: value for key, value in rule.items() if key != "match"}
             check_keys(values, where, PER_PARAMETER)
             check(values, f"matching {rule['match']}")

@@ -58,29 +58,32 @@ AMOS_FN T floored(T v, T eps) {
 // G = the mean square of the gradient over this entry. v must hold the NEW moment; b is moved on to its next value.
 template <class T>
 AMOS_FN Coefs<T> coefficients(T G, T v, T& b, const Consts<T>& k) {
-  const T inv_v = k.bias / floored(v, k.eps);                                  // 1 / v_hat
-  const T gamma = k.lr2 * (inv_v * G) / T(sqrt(T(1) + k.c_scale * b));         // c xi^2 G / v_hat, with the old b
-  const T d = T(1) / (T(1) + k.d_scale * b);                                   // with the old b
+  const T inv_v = k.bias / floored(v, k.eps);                           // 1 / v_hat
+  const T gamma = k.lr2 * (inv_v * G) / T(sqrt(T(1) + k.c_scale * b));  // c xi^2 G / v_hat, with the old b
+  const T d = T(1) / (T(1) + k.d_scale * b);                            // with the old b
   b += gamma * (T(1) + b);
   return {d * k.lr_sigma * T(sqrt(inv_v)), d * (T(0.5) * gamma + k.extra_l2)};  // A, B
 }
 
 // `factored`: P of a column, from its moment C and the mean of all C: 1 / sqrt(w), w = C / mean(C). An all-zero
-// matrix has w = 1; a column of zeros has P = inf, which profile_limit brings back. A NaN stays a NaN.
+// matrix has w = 1; a column of zeros has P = inf, which `limited` brings back. A NaN stays a NaN.
 template <class T>
 AMOS_FN T column_profile(T column_moment, T mean) {
   return mean == T(0) ? T(1) : T(1) / T(sqrt(column_moment / mean));
 }
 
-// The largest P that keeps v = R w at or above eps (1 / v_hat = bias / max(R w, eps)).
+// `factored`: eps floors R w, but A has R floored already. This number of a row tells `limited` what to make of P so
+// that A P = scale / sqrt(max(R w, eps)): where R >= eps, the largest P; else minus the factor that takes eps back to
+// R.
 template <class T>
 AMOS_FN T profile_limit(T row_moment, const Consts<T>& k) {
-  return T(sqrt(floored(row_moment, k.eps))) * k.inv_sqrt_eps;
+  return row_moment < k.eps ? -T(sqrt(k.eps / row_moment)) : T(sqrt(row_moment)) * k.inv_sqrt_eps;
 }
 
 template <class T>
 AMOS_FN T limited(T P, T limit) {
-  return P > limit ? limit : P;
+  const T factor = limit < T(0) ? -limit : T(1), most = limit < T(0) ? T(1) : limit;
+  return factor * P > most ? most : factor * P;
 }
 
 template <class T>

@@ -24,7 +24,7 @@ constexpr int64_t kHyperFields = 11;
 // The workspace has three planes of equal length (element type: the compute type, double for f64, else float):
 //   plane 0: sums of squares; after `slots`: A for rows, P for the columns of `factored`, A for those of `column`
 //   plane 1: B for rows, or for the columns of `column`
-//   plane 2: for the rows of `factored`: the largest P that eps allows
+//   plane 2: for the rows of `factored`: what eps makes of P (amos_math.h: profile_limit)
 // row_work says where in each plane this block's first row is, column_work where the PARAMETER's first column is: up to
 // three blocks of one parameter (the end of a row, whole rows, the beginning of a row) share its columns. The first of
 // them has `columns` > 0 and zeroes and finishes all of these; the others, which follow it directly, have 0.
@@ -51,14 +51,14 @@ struct Types {
 };
 
 struct Work {
-  void* data;      // three planes of `plane` elements each, of the compute type
+  void* data;  // three planes of `plane` elements each, of the compute type
   int64_t plane;
 };
 
 // The four phases, for one device each. `sums` assigns rows and ADDS to columns (the caller zeroes those);
 // `slots` turns sums into the state's next value and into A, B, P; `update` changes the parameters;
-// `step` is all three for blocks whose rows and columns are complete in this process. Each returns 0 or an error code of
-// the device's runtime (CUDA).
+// `step` is all three for blocks whose rows and columns are complete in this process. Each returns 0 or an error code
+// of the device's runtime (CUDA).
 namespace cpu {
 void sums(const Block* blocks, int64_t n, Types types, Work work);
 void slots(const Block* blocks, int64_t n, Types types, Work work);
@@ -73,7 +73,8 @@ int sums(const Block* blocks, int64_t n, Types types, Work work, void* scratch, 
 int slots(const Block* blocks, int64_t n, Types types, Work work, void* scratch, void* stream);
 int update(const Block* blocks, int64_t n, Types types, Work work, void* scratch, void* stream);
 int step(const Block* blocks, int64_t n, Types types, Work work, void* scratch, void* stream);
-int64_t scratch_bytes(const Block* blocks, int64_t n, Types types);  // device memory that the four need between launches
+int64_t scratch_bytes(const Block* blocks, int64_t n,
+                      Types types);  // device memory that the four need between launches
 const char* error_string(int code);
 const char* architectures();
 }  // namespace cuda

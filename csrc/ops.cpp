@@ -29,12 +29,18 @@ constexpr int64_t kBlockFields = 14;
 
 const char* type_name(ScalarType t) {
   switch (t) {
-    case ScalarType::Double: return "float64";
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Long: return "int64";
-    default: return "another dtype";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
   }
 }
 
@@ -56,14 +62,20 @@ void expect(const Tensor& t, ScalarType type, const char* list, int64_t index, c
                   type_name(type), ", got ", t.is_contiguous() ? "" : "non-contiguous ", type_name(t.scalar_type()));
 }
 
-ScalarType compute_type(ScalarType param) { return param == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+ScalarType compute_type(ScalarType param) {
+  return param == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 Dtype dtype_of(const Tensor& t, const char* list, int64_t index, const std::string& names) {
   switch (t.scalar_type()) {
-    case ScalarType::Double: return Dtype::f64;
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::Double:
+      return Dtype::f64;
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
     default:
       STD_TORCH_CHECK(false, called(list, index, names), ": expected float64, float32, bfloat16 or float16, got ",
                       type_name(t.scalar_type()));
@@ -90,11 +102,12 @@ void check_list(const Tensors* list, const char* name, size_t count, ScalarType 
   for (size_t i = 0; i < count; ++i) expect((*list)[i], type, name, int64_t(i), names);
 }
 
-char* at(const Tensors* list, int64_t index, int64_t offset, int64_t count, const char* name, const std::string& names) {
+char* at(const Tensors* list, int64_t index, int64_t offset, int64_t count, const char* name,
+         const std::string& names) {
   if (!list || list->empty()) return nullptr;
   const Tensor& t = (*list)[index];
-  STD_TORCH_CHECK(offset >= 0 && count >= 0 && offset + count <= t.numel(), called(name, index, names), ": expected at least ",
-                  offset + count, " elements, got ", t.numel());
+  STD_TORCH_CHECK(offset >= 0 && count >= 0 && offset + count <= t.numel(), called(name, index, names),
+                  ": expected at least ", offset + count, " elements, got ", t.numel());
   return static_cast<char*>(t.data_ptr()) + offset * t.element_size();
 }
 
@@ -107,14 +120,20 @@ Call read(const Lists& lists, const Tensor& work, const Tensor& blocks, const Te
                   "blocks: expected a contiguous int64 CPU tensor of shape [n, ", kBlockFields, "]");
   STD_TORCH_CHECK(hyper.scalar_type() == ScalarType::Double && hyper.is_contiguous() && hyper.dim() == 2 &&
                       hyper.size(0) == blocks.size(0) && hyper.size(1) == kHyperFields && hyper.is_cpu(),
-                  "hyper: expected a contiguous float64 CPU tensor of shape [", blocks.size(0), ", ", kHyperFields, "]");
+                  "hyper: expected a contiguous float64 CPU tensor of shape [", blocks.size(0), ", ", kHyperFields,
+                  "]");
   STD_TORCH_CHECK(work.dim() == 2 && work.size(0) == 3 && work.is_contiguous(),
                   "work: expected a contiguous tensor of shape [3, n]");
   if (count == 0 || blocks.size(0) == 0) return call;
 
+  const Tensors* all[] = {lists.param, lists.grad, lists.row_moment, lists.column_moment, lists.decay};
+  const char* list_names[] = {"param", "grad", "row_moment", "column_moment", "decay"};
+  for (int i = 0; i < 5; ++i)
+    STD_TORCH_CHECK(!all[i] || all[i]->size() == count, list_names[i], ": expected ", count, " tensors, got ",
+                    all[i] ? all[i]->size() : 0);
   const ScalarType compute = work.scalar_type();
-  STD_TORCH_CHECK(compute == ScalarType::Float || compute == ScalarType::Double, "work: expected float32 or float64, got ",
-                  type_name(compute));
+  STD_TORCH_CHECK(compute == ScalarType::Float || compute == ScalarType::Double,
+                  "work: expected float32 or float64, got ", type_name(compute));
   if (lists.param) {
     const ScalarType type = (*lists.param)[0].scalar_type();
     call.types.param = dtype_of((*lists.param)[0], "param", 0, names);
@@ -141,8 +160,8 @@ Call read(const Lists& lists, const Tensor& work, const Tensor& blocks, const Te
     const ScalarType type = (*lists.momentum)[0].scalar_type();
     call.types.momentum = dtype_of((*lists.momentum)[0], "momentum", 0, names);
     STD_TORCH_CHECK(type == compute || (type == ScalarType::BFloat16 && compute == ScalarType::Float),
-                    called("momentum", 0, names), ": expected ", type_name(compute), " or, with float32, bfloat16, got ",
-                    type_name(type));
+                    called("momentum", 0, names), ": expected ", type_name(compute),
+                    " or, with float32, bfloat16, got ", type_name(type));
     check_list(lists.momentum, "momentum", count, type, names);
   }
   check_list(lists.row_moment, "row_moment", count, compute, names);
@@ -162,7 +181,8 @@ Call read(const Lists& lists, const Tensor& work, const Tensor& blocks, const Te
     const auto moments = static_cast<Moments>(f[4]);
     const bool has_rows = moments != Moments::column, has_columns = moments != Moments::row;
     // Only rows that a phase writes need a place in the workspace: `step` keeps those of `row` moments on chip.
-    STD_TORCH_CHECK(f[10] >= 0 && f[11] >= 0 && (moments == Moments::row || f[10] + (has_rows ? rows : 0) <= work.size(1)) &&
+    STD_TORCH_CHECK(f[10] >= 0 && f[11] >= 0 &&
+                        (moments == Moments::row || f[10] + (has_rows ? rows : 0) <= work.size(1)) &&
                         f[11] + (has_columns ? f[12] + cols : 0) <= work.size(1) &&
                         f[11] + (has_columns ? f[13] : 0) <= work.size(1),
                     "blocks[", i, "]: reaches beyond the workspace of ", work.size(1), " elements");
@@ -214,7 +234,8 @@ void run_cpu(CpuPhase phase, const Call& call) {
 }
 
 #ifdef AMOS_WITH_CUDA
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t, void**);  // not in CPU builds of torch
+extern "C"
+    __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t, void**);  // not in CPU builds of torch
 
 using CudaPhase = int (*)(const Block*, int64_t, Types, Work, void*, void*);
 void run_cuda(CudaPhase phase, const Call& call) {
@@ -231,35 +252,36 @@ void run_cuda(CudaPhase phase, const Call& call) {
 }
 #endif
 
-#define AMOS_OPS(NAME, RUN, SPACE)                                                                                      \
-  void sums_##NAME(Tensors grad, Tensor work, Tensor blocks, Tensor hyper, std::string names) {                         \
-    Lists l;                                                                                                            \
-    l.grad = &grad;                                                                                                     \
-    const Call call = read(l, work, blocks, hyper, names);                                                              \
-    expect_row_work(call);                                                                                              \
-    RUN(&SPACE::sums, call);                                                                                            \
-  }                                                                                                                     \
-  void slots_##NAME(Tensors row_moment, Tensors column_moment, Tensors decay, Tensor work, Tensor blocks, Tensor hyper, \
-                    std::string names) {                                                                                \
-    Lists l;                                                                                                            \
-    l.row_moment = &row_moment, l.column_moment = &column_moment, l.decay = &decay;                                     \
-    const Call call = read(l, work, blocks, hyper, names);                                                              \
-    expect_row_work(call);                                                                                              \
-    RUN(&SPACE::slots, call);                                                                                           \
-  }                                                                                                                     \
-  void update_##NAME(Tensors param, Tensors grad, Tensors momentum, Tensor work, Tensor blocks, Tensor hyper,           \
-                     std::string names) {                                                                               \
-    Lists l;                                                                                                            \
-    l.param = &param, l.grad = &grad, l.momentum = &momentum;                                                           \
-    const Call call = read(l, work, blocks, hyper, names);                                                              \
-    expect_row_work(call);                                                                                              \
-    RUN(&SPACE::update, call);                                                                                          \
-  }                                                                                                                     \
-  void step_##NAME(Tensors param, Tensors grad, Tensors momentum, Tensors row_moment, Tensors column_moment,            \
-                   Tensors decay, Tensor work, Tensor blocks, Tensor hyper, std::string names) {                        \
-    const Call call = read({&param, &grad, &momentum, &row_moment, &column_moment, &decay}, work, blocks, hyper, names); \
-    expect_whole(call);                                                                                                 \
-    RUN(&SPACE::step, call);                                                                                            \
+#define AMOS_OPS(NAME, RUN, SPACE)                                                                            \
+  void sums_##NAME(Tensors grad, Tensor work, Tensor blocks, Tensor hyper, std::string names) {               \
+    Lists l;                                                                                                  \
+    l.grad = &grad;                                                                                           \
+    const Call call = read(l, work, blocks, hyper, names);                                                    \
+    expect_row_work(call);                                                                                    \
+    RUN(&SPACE::sums, call);                                                                                  \
+  }                                                                                                           \
+  void slots_##NAME(Tensors row_moment, Tensors column_moment, Tensors decay, Tensor work, Tensor blocks,     \
+                    Tensor hyper, std::string names) {                                                        \
+    Lists l;                                                                                                  \
+    l.row_moment = &row_moment, l.column_moment = &column_moment, l.decay = &decay;                           \
+    const Call call = read(l, work, blocks, hyper, names);                                                    \
+    expect_row_work(call);                                                                                    \
+    RUN(&SPACE::slots, call);                                                                                 \
+  }                                                                                                           \
+  void update_##NAME(Tensors param, Tensors grad, Tensors momentum, Tensor work, Tensor blocks, Tensor hyper, \
+                     std::string names) {                                                                     \
+    Lists l;                                                                                                  \
+    l.param = &param, l.grad = &grad, l.momentum = &momentum;                                                 \
+    const Call call = read(l, work, blocks, hyper, names);                                                    \
+    expect_row_work(call);                                                                                    \
+    RUN(&SPACE::update, call);                                                                                \
+  }                                                                                                           \
+  void step_##NAME(Tensors param, Tensors grad, Tensors momentum, Tensors row_moment, Tensors column_moment,  \
+                   Tensors decay, Tensor work, Tensor blocks, Tensor hyper, std::string names) {              \
+    const Call call =                                                                                         \
+        read({&param, &grad, &momentum, &row_moment, &column_moment, &decay}, work, blocks, hyper, names);    \
+    expect_whole(call);                                                                                       \
+    RUN(&SPACE::step, call);                                                                                  \
   }
 
 AMOS_OPS(cpu, run_cpu, cpu)
@@ -301,7 +323,8 @@ STABLE_TORCH_LIBRARY_IMPL(amos_dist, CUDA, m) {
 
 // The module itself only carries facts about the build; importing it registers the operators.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (!module) return nullptr;
 #ifdef AMOS_WITH_CUDA

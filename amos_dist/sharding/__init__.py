@@ -28,9 +28,7 @@ def refuse_unknown(param: torch.Tensor, name: str) -> None:
         )
 
 
-def layout_of(
-    tensor: torch.Tensor, index: int, originals: list[Original], everywhere: list[Original]
-) -> Layout:
+def layout_of(tensor: torch.Tensor, index: int, originals: list[Original], everywhere: list[Original]) -> Layout:
     """What `tensor`, the index-th of a parameter group, holds.
 
     Args:
@@ -46,8 +44,8 @@ def layout_of(
     )
     if layout is None:
         raise RuntimeError(
-            f"the tensor at place {index} of a parameter group, of shape {tuple(tensor.shape)}, is not one of the group's "
-            "parameters nor a partition of them that amos_dist knows. "
+            f"the tensor at place {index} of a parameter group, of shape {tuple(tensor.shape)}, is not one of the "
+            "group's parameters nor a partition of them that amos_dist knows. "
             "Use plain torch, DDP or DeepSpeed ZeRO 0 to 3, and do not replace `params` of a group by hand."
         )
     return layout

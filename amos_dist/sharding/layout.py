@@ -12,7 +12,7 @@ from .piece import Piece
 
 @dataclass(frozen=True)
 class Cut:
-    """A parameter of which several ranks hold pieces. borders: element numbers at which one piece ends and the next begins."""
+    """A parameter of which several ranks hold pieces. borders: the elements at which a piece but the first begins."""
 
     key: int
     rows: int

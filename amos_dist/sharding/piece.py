@@ -1,7 +1,7 @@
 """Which part of which parameter a tensor holds.
 
 A parameter is read as an R x C matrix. A *piece* is a contiguous range of its row-major elements; a *block* is what the
-kernels take: a rectangle without gaps. A piece is at most three blocks: the end of a row, whole rows, the start of a row.
+kernels take: a rectangle without gaps. A piece is at most three blocks: the end of a row, whole rows, the start of one.
 This module knows shapes and no formula, no framework and no process group.
 """
 
@@ -68,5 +68,5 @@ class Piece:
 
 
 def cut_rows(rows: int, cols: int, borders: list[int]) -> list[int]:
-    """The rows of a parameter that a border runs through. borders: element numbers where one piece ends and the next begins."""
+    """The rows of a parameter that a border runs through. borders: the elements at which a piece begins."""
     return sorted({border // cols for border in borders if 0 < border < rows * cols and border % cols})

@@ -32,7 +32,7 @@ def find(flat: torch.Tensor, originals: list[Original], everywhere: list[Origina
 
 
 def partition_sum_of_squares(param: Any) -> tuple[torch.Tensor, Any] | None:
-    """For a parameter that zero.Init has already partitioned: its local sum of squares, and the process group to add it over."""
+    """For a parameter that zero.Init has partitioned: its local sum of squares, and the process group to add over."""
     if not hasattr(param, "ds_tensor") or param.numel() == param.ds_numel:
         return None
     group, length = param.ds_process_group, param.partition_numel()
@@ -74,7 +74,7 @@ def _stage3(flat: torch.Tensor, zero: Any, everywhere: list[Original]) -> Layout
 
 
 def _stage12(flat: torch.Tensor, trainable: list[Original]) -> Layout:
-    """The group's parameters lie one behind the other in a low-precision buffer; rank r's flat is the r-th equal part of it.
+    """The group's parameters lie one behind the other in a low-precision buffer; rank r's flat is its r-th equal part.
 
     The addresses in that buffer are the truth: DeepSpeed's own map is wrong with round_robin_gradients.
     """
@@ -88,9 +88,7 @@ def _stage12(flat: torch.Tensor, trainable: list[Original]) -> Layout:
         first, last = max(begin, rank * size), min(begin + original.numel, (rank + 1) * size)
         if first < last:
             start, offset = first - begin, first - rank * size
-            layout.pieces.append(
-                Piece(original.key, original.rows, original.cols, start, last - first, offset)
-            )
+            layout.pieces.append(Piece(original.key, original.rows, original.cols, start, last - first, offset))
             checks.append((original, offset, param.data.view(-1)[start : start + last - first]))
         borders = tuple(range((begin // size + 1) * size - begin, original.numel, size))
         if borders:

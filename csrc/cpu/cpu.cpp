@@ -24,10 +24,10 @@ struct NoMomentum {};
 template <class P>
 using Compute = typename std::conditional<std::is_same<P, double>::value, double, float>::type;
 
-constexpr int kLanes = 64;                 // partial sums in a chunk: enough to hide the adder's latency
-constexpr int64_t kChunk = 4096;           // elements that one float sum covers
-constexpr int64_t kColumnSplits = 16;      // row ranges whose column sums are made apart, then joined in order
-constexpr int64_t kGrain = 32768;          // elements that are worth a thread
+constexpr int kLanes = 64;             // partial sums in a chunk: enough to hide the adder's latency
+constexpr int64_t kChunk = 4096;       // elements that one float sum covers
+constexpr int64_t kColumnSplits = 16;  // row ranges whose column sums are made apart, then joined in order
+constexpr int64_t kGrain = 32768;      // elements that are worth a thread
 
 struct Span {
   int64_t r0, r1, c0, c1, cols;
@@ -236,7 +236,8 @@ void block_step(const Block& b, Work work) {
     M* m = static_cast<M*>(b.momentum);
     T *moment = static_cast<T*>(b.row_moment), *decay = static_cast<T*>(b.decay);
     if (b.cols == 1 && b.row_count == 1)
-      parallel(b.rows, 16, [&](int64_t r0, int64_t r1) { kernels.element_steps(theta, g, m, r0, r1, moment, decay, k); });
+      parallel(b.rows, 16,
+               [&](int64_t r0, int64_t r1) { kernels.element_steps(theta, g, m, r0, r1, moment, decay, k); });
     else
       parallel(b.rows, b.cols, [&](int64_t r0, int64_t r1) {
         kernels.row_steps(theta, g, m, b.cols, r0, r1, b.row_count, moment, decay, k);
@@ -297,9 +298,7 @@ void slots(const Block* blocks, int64_t n, Types types, Work work) { dispatch(Ph
 void update(const Block* blocks, int64_t n, Types types, Work work) { dispatch(Phase::update, blocks, n, types, work); }
 void step(const Block* blocks, int64_t n, Types types, Work work) { dispatch(Phase::step, blocks, n, types, work); }
 
-const char* instruction_set() {
-  return kIsa == Isa::avx512 ? "avx512" : kIsa == Isa::avx2 ? "avx2" : "baseline";
-}
+const char* instruction_set() { return kIsa == Isa::avx512 ? "avx512" : kIsa == Isa::avx2 ? "avx2" : "baseline"; }
 const char* instruction_sets() {
 #ifdef AMOS_X86
   return "baseline;avx2;avx512";

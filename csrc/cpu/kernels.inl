@@ -3,7 +3,8 @@
 // allocation, no torch.
 //
 // Results do not depend on the width: sums run in kLanes lanes (element i of a chunk in lane i mod kLanes) that a fixed
-// tree joins, chunks of kChunk elements are joined in double, in order, and -ffp-contract=off keeps every product rounded.
+// tree joins, chunks of kChunk elements are joined in double, in order, and -ffp-contract=off keeps every product
+// rounded.
 
 namespace AMOS_ISA {
 
@@ -65,7 +66,8 @@ AMOS_FN void store(S* p, Vec<float> x) {
   *(VecH*)p = __builtin_convertvector(narrow(x, S{}), VecH);
 }
 
-// The first n elements of a vector, zeros (a gradient's neutral element) behind: so that a row's tail runs the same code.
+// The first n elements of a vector, zeros (a gradient's neutral element) behind: so that a row's tail runs the same
+// code.
 template <class T, class S>
 AMOS_FN Vec<T> load_some(const S* p, int64_t n) {
   S all[kWidth<T>] = {};
@@ -196,12 +198,13 @@ struct RowCoefs {
 // The same in registers.
 template <class T>
 struct RowVectors {
-  Vec<T> A, B, limit, momentum, one_minus_momentum;
+  Vec<T> A, B, factor, most, momentum, one_minus_momentum;  // factor and most: `limited` of amos_math.h
   Clip<T> clip;
   AMOS_FN RowVectors(const RowCoefs<T>& row, const Consts<T>& k)
       : A(broadcast<T>(row.A)),
         B(broadcast<T>(row.B)),
-        limit(broadcast<T>(row.limit)),
+        factor(broadcast<T>(row.limit < T(0) ? -row.limit : T(1))),
+        most(broadcast<T>(row.limit < T(0) ? T(1) : row.limit)),
         momentum(broadcast<T>(k.momentum)),
         one_minus_momentum(broadcast<T>(k.one_minus_momentum)),
         clip(k.clip) {}
@@ -210,7 +213,8 @@ struct RowVectors {
 // One vector of a row: theta <- theta - Delta. The caller loads and stores.
 template <Moments kind, bool with_momentum, class T>
 AMOS_FN void update_vector(Vec<T>& theta, Vec<T> g, Vec<T>& m, Vec<T> P, Vec<T> Q, const RowVectors<T>& row) {
-  const Vec<T> A = kind == Moments::column ? P : kind == Moments::row ? row.A : row.A * (row.limit < P ? row.limit : P);
+  const Vec<T> limited = row.most < row.factor * P ? row.most : row.factor * P;
+  const Vec<T> A = kind == Moments::column ? P : kind == Moments::row ? row.A : row.A * limited;
   const Vec<T> B = kind == Moments::column ? Q : row.B;
   Vec<T> step = A * row.clip(g) + B * theta;
   if constexpr (with_momentum) {
@@ -273,7 +277,8 @@ AMOS_FN M* advance(M* m, int64_t n) {
 
 // Columns [c0, c1) of rows [r0, r1), with the coefficients in the planes of the workspace.
 template <class P, class G, class M, class T>
-void update_rows(P* theta, const G* g, M* m, const Span& span, Moments kind, const Planes<T>& planes, const Consts<T>& k) {
+void update_rows(P* theta, const G* g, M* m, const Span& span, Moments kind, const Planes<T>& planes,
+                 const Consts<T>& k) {
   const int64_t n = span.c1 - span.c0;
   for (int64_t r = span.r0; r < span.r1; ++r) {
     const int64_t at = r * span.cols + span.c0;

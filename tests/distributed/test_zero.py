@@ -22,7 +22,14 @@ TOLERANCE = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 3e-3}  # fp32: max-norm, relati
 
 
 def case(name: str, stage: int, dtype: str = "fp32", **more: Any) -> dict[str, Any]:
-    return {"name": f"stage {stage} {dtype} {name}", "stage": stage, "dtype": dtype, "steps": 20, "params": PARAMS, **more}
+    return {
+        "name": f"stage {stage} {dtype} {name}",
+        "stage": stage,
+        "dtype": dtype,
+        "steps": 20,
+        "params": PARAMS,
+        **more,
+    }
 
 
 def kinds(stages: tuple[int, ...] = (0, 1, 2, 3)) -> Iterator[dict[str, Any]]:
@@ -43,7 +50,10 @@ def options(stages: tuple[int, ...] = (0, 1, 2, 3)) -> Iterator[dict[str, Any]]:
         yield case("groups", stage, groups=True)
         yield case("warm-up", stage, warmup=5)
         yield case("auto, rules", stage, params={"lr": 0.02, "beta": 0.95, "rules": rules})
-        low = {**PARAMS, "momentum_dtype": "bfloat16"}  # rounding turns differences of 1e-7 into some of 2^-9 now and then
+        low = {
+            **PARAMS,
+            "momentum_dtype": "bfloat16",
+        }  # rounding turns differences of 1e-7 into some of 2^-9 now and then
         yield case("bf16 momentum", stage, params=low, tolerance=2e-3)
     for stage in (stage for stage in stages if stage in (1, 2)):
         yield case("round robin", stage, zero={"round_robin_gradients": True})
@@ -161,7 +171,11 @@ REFUSED = {
     "sigma": ({"params": {**PARAMS, "sigma": 0}}, "ValueError", "sigma=0"),
     "NaN": ({"params": {**PARAMS, "lr": float("nan")}}, "ValueError", "lr=nan"),
     "rule": ({"params": {**PARAMS, "rules": [{"match": "nowhere"}]}}, "ValueError", "'nowhere'"),
-    "ratio": ({"stage": 3, "zero": {"offload_optimizer": {"device": "cpu", "ratio": 0.3}}}, "RuntimeError", "ratio=0.3"),
+    "ratio": (
+        {"stage": 3, "zero": {"offload_optimizer": {"device": "cpu", "ratio": 0.3}}},
+        "RuntimeError",
+        "ratio=0.3",
+    ),
     "nvme": (
         {"stage": 3, "zero": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp/none"}}},
         "RuntimeError",
@@ -177,7 +191,12 @@ REFUSED = {
         {
             "zero": {
                 "offload_optimizer": {"device": "cpu"},
-                "zenflow": {"topk_ratio": 0.1, "select_strategy": "auto", "select_interval": "auto", "update_interval": 4},
+                "zenflow": {
+                    "topk_ratio": 0.1,
+                    "select_strategy": "auto",
+                    "select_interval": "auto",
+                    "update_interval": 4,
+                },
             }
         },
         "RuntimeError",

@@ -1,4 +1,4 @@
-"""Trains a small model under DeepSpeed for each case it is given, and the same in plain torch, and reports the difference.
+"""Trains a small model under DeepSpeed for each case, and the same in plain torch, and reports the difference.
 
 A case: {"name", "do": "train" | "refuse" | "resume" | "fault", "stage", "dtype", "params": Amos's keywords,
 "zero": more of zero_optimization, "config": more of the JSON, "groups": two parameter groups, "init": zero.Init,
@@ -43,7 +43,7 @@ def grouped(model: nn.Module, split: bool) -> list[dict[str, Any]]:
 
 
 def plain(case: dict[str, Any], size: int, rates: list[list[float]]) -> dict[str, torch.Tensor]:
-    """The same training in one process without DeepSpeed, in float32 (or with float32 masters of a low-precision model).
+    """The same training in one process without DeepSpeed, in float32 (with float32 masters of a low-precision model).
 
     rates: the learning rate of each group at each step, as DeepSpeed's scheduler set it.
     """
@@ -236,7 +236,9 @@ def fault(case: dict[str, Any]) -> dict[str, Any]:
     """One rank's partition does not hold what the parameters say: every rank must say so, and nothing change."""
     engine = engine_for(case, 12 * case.get("micro", 2))
     stage3 = case["stage"] == 3
-    flats = engine.optimizer.fp32_partitioned_groups_flat if stage3 else engine.optimizer.single_partition_of_fp32_groups
+    flats = (
+        engine.optimizer.fp32_partitioned_groups_flat if stage3 else engine.optimizer.single_partition_of_fp32_groups
+    )
     if dist.get_rank() == 1:
         flats[0].data[3] += 1
     before = [flat.detach().clone() for flat in flats]

@@ -1,0 +1,74 @@
+"""`deepspeed --module amos_dist.run train.py`: "type": "Amos" in a script that knows nothing of amos_dist."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.distributed.harness import free_port
+
+SCRIPT = """
+import argparse
+import deepspeed, torch
+parser = argparse.ArgumentParser()
+parser.add_argument("--local_rank", type=int, default=-1)
+parser.add_argument("--word")
+arguments = parser.parse_args()
+import beside
+torch.manual_seed(0)
+model = torch.nn.Linear(7, 5)
+config = {"train_batch_size": 4, "zero_optimization": {"stage": 2}}
+config["optimizer"] = {"type": "Amos", "params": {"lr": 0.01}}
+engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+engine.backward(engine(torch.randn(2, 7)).square().mean())
+engine.step()
+print("trained with", type(engine.basic_optimizer).__name__, arguments.word, beside.ANSWER, __name__, flush=True)
+"""
+
+
+def launch(folder: Path, *arguments: str, module: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
+    command += ["--module", "amos_dist.run"] if module else []
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = str(Path(sys.executable).parent) + os.pathsep + environment["PATH"]
+    process = subprocess.Popen(
+        [*command, *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def test_trains_without_an_import(tmp_path: Path) -> None:
+    tmp_path.joinpath("train.py").write_text(SCRIPT)
+    tmp_path.joinpath("beside.py").write_text("ANSWER = 42\n")
+    result = launch(tmp_path, "train.py", "--word", "hello")
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("trained with Amos hello 42 __main__") == 2
+
+
+def test_the_same_script_alone_is_refused(tmp_path: Path) -> None:
+    """So that the test above tests something: without amos_dist, DeepSpeed does not know the name."""
+    tmp_path.joinpath("train.py").write_text(SCRIPT)
+    tmp_path.joinpath("beside.py").write_text("ANSWER = 42\n")
+    result = launch(tmp_path, "train.py", module=False)
+    assert result.returncode != 0
+    assert "trained with" not in result.stdout
+
+
+def test_a_missing_script_is_named(tmp_path: Path) -> None:
+    result = launch(tmp_path, "nowhere.py")
+    assert result.returncode != 0
+    assert "there is no script nowhere.py" in result.stdout

@@ -1,0 +1,51 @@
+"""Hashes of what some steps give, for several numbers of threads; see test_threads_and_instructions.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from amos_dist import Amos, build_info
+
+# Large enough for several threads (32768 elements each); rows, tails and columns that no vector divides.
+SHAPES = [(), (37,), (131, 517), (3, 25001), (9001, 7), (1, 70003), (61, 3, 33)]
+MOMENTUM = {torch.float64: None, torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: None}
+
+
+def hashed(dtype: torch.dtype, draw: list[torch.Tensor]) -> str:
+    given = {"momentum": 0.9, "momentum_dtype": MOMENTUM[dtype]} if MOMENTUM[dtype] else {}
+    groups = [
+        {"params": [(x / 2).to(dtype).requires_grad_() for x in draw], "moments": moments}
+        for moments in ("factored", "row", "column", "scalar", "full")
+    ]
+    optimizer = Amos(groups, lr=0.1, sigma=0.3, beta=0.9, clip_value=2.0, **given)
+    for t in (1, 2):
+        grads = [(x.flip(-1) if x.dim() else x).to(dtype) / t for x in draw]
+        for group in groups:
+            for param, grad in zip(group["params"], grads, strict=True):
+                param.grad = grad
+        optimizer.step()
+    digest = hashlib.sha256()
+    for param, state in optimizer.state.items():
+        for tensor in (param.detach(), *state.values()):
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def measure() -> dict[str, Any]:
+    """Leaves torch with another number of threads."""
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    result: dict[str, list[str]] = {}
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for dtype in MOMENTUM:
+            result.setdefault(str(dtype), []).append(hashed(dtype, draw))
+    return {"isa": build_info()["cpu_instruction_set"], "hashes": result}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))

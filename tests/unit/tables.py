@@ -1,0 +1,121 @@
+"""Random tables of blocks for the four operators, and everything else that they take; see csrc/ops.cpp."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amos_dist.plan import CODES, has_columns, has_rows
+from amos_dist.sharding import Piece
+
+from .compare import randn
+
+
+@dataclass
+class Case:
+    """Arguments for sums_, slots_, update_ and step_, for tensors that hold pieces of parameters."""
+
+    param: list[Tensor]
+    grad: list[Tensor]
+    momentum: list[Tensor]
+    row_moment: list[Tensor]
+    column_moment: list[Tensor]
+    decay: list[Tensor]
+    work: Tensor
+    blocks: Tensor
+    hyper: Tensor
+    names: str
+
+    @property
+    def state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        return self.row_moment, self.column_moment, self.decay
+
+    def arguments(self, op: str) -> tuple[Any, ...]:
+        end = (self.work, self.blocks, self.hyper, self.names)
+        return {
+            "sums_": (self.grad, *end),
+            "slots_": (*self.state, *end),
+            "update_": (self.param, self.grad, self.momentum, *end),
+            "step_": (self.param, self.grad, self.momentum, *self.state, *end),
+        }[op]
+
+    def clone(self) -> Case:
+        copied = {
+            key: [t.clone() for t in value] if isinstance(value, list) else value for key, value in vars(self).items()
+        }
+        return Case(**{**copied, "work": self.work.clone()})
+
+    def changed(self) -> list[Tensor]:
+        return [*self.param, *self.momentum, *self.row_moment, *self.column_moment, *self.decay]
+
+
+def hyper_of(draw: random.Random, momentum: float) -> list[float]:
+    t, beta = draw.randint(1, 30), draw.choice([0.9, 0.99])
+    clip, sign = draw.choice([math.inf, 0.7]), draw.choice([1.0, -1.0])
+    return [0.1, draw.uniform(0.1, 1), beta, 1 - beta**t, momentum, clip, 0.01, 0.25, 0.5, 2.0**-125, sign]
+
+
+def make_case(
+    seed: int,
+    kinds: tuple[str, ...],
+    dtype: torch.dtype = torch.float32,
+    grad_dtype: torch.dtype | None = None,
+    momentum_dtype: torch.dtype | None = None,
+    cut: bool = True,
+    largest: int = 50,
+) -> Case:
+    """Two tensors, each with a few pieces of parameters.
+
+    Args:
+        cut: pieces begin and end inside rows, which sums_, slots_ and update_ take; step_ takes whole parameters.
+    """
+    draw = random.Random(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    lists: dict[str, list[Tensor]] = {
+        key: [] for key in ("param", "grad", "momentum", "row_moment", "column_moment", "decay")
+    }
+    table, hyper, places = [], [], 0
+    for number in range(2):
+        size = rows_held = columns_held = decay_held = 0
+        for _ in range(draw.randint(1, 4)):
+            kind = draw.choice(kinds)
+            rows, cols = draw.randint(1, largest), draw.randint(1, largest)
+            start = draw.randrange(rows * cols) if cut else 0
+            piece = Piece(0, rows, cols, start, draw.randint(1, rows * cols - start) if cut else rows * cols, size)
+            numbers = hyper_of(draw, 0.9 if momentum_dtype else 0.0)
+            column_work = places
+            places += cols if has_columns(kind) else 0
+            for i, block in enumerate(piece.blocks()):
+                row_work = places
+                places += block.rows if has_rows(kind) else 0
+                below = block.row - piece.first_row if has_rows(kind) else 0
+                columns = cols if has_columns(kind) and i == 0 else 0
+                table.append([
+                    number, size + block.offset, block.rows, block.cols, CODES[kind], cols, rows,
+                    rows_held + below, columns_held, decay_held + below, row_work, column_work, block.column, columns,
+                ])  # fmt: skip
+                hyper.append(numbers)
+            size += piece.length
+            rows_held += piece.touched_rows if has_rows(kind) else 0
+            columns_held += cols if has_columns(kind) else 0
+            decay_held += piece.touched_rows if has_rows(kind) else cols
+        seeds = [10 * seed + 1000 * number + i for i in range(6)]
+        lists["param"].append(randn(seeds[0], size, dtype=dtype))
+        lists["grad"].append(randn(seeds[1], size, dtype=grad_dtype or dtype))
+        if momentum_dtype:
+            lists["momentum"].append(0.1 * randn(seeds[2], size, dtype=momentum_dtype))
+        lists["row_moment"].append(randn(seeds[3], rows_held, dtype=wide).square())
+        lists["column_moment"].append(randn(seeds[4], columns_held, dtype=wide).square())
+        lists["decay"].append(randn(seeds[5], decay_held, dtype=wide).square())
+    return Case(
+        **lists,
+        work=torch.zeros(3, places, dtype=wide),
+        blocks=torch.tensor(table, dtype=torch.int64),
+        hyper=torch.tensor(hyper, dtype=torch.float64),
+        names="a\nb",
+    )

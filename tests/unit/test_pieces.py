@@ -1,0 +1,187 @@
+"""Pieces and blocks cover what they should; and a Plan over simulated ranks gives what one process gives."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from amos_dist import plan
+from amos_dist.plan import Member, Plan, state_sizes
+from amos_dist.reference import amos_step
+from amos_dist.sharding import Layout, Piece, cut_rows
+from amos_dist.sharding.layout import Cut
+
+from ..conftest import relative_error
+from .compare import KINDS, randn
+
+hypothesis_settings.register_profile("quick", max_examples=200, deadline=None, derandomize=True, database=None)
+hypothesis_settings.load_profile("quick")
+
+
+@st.composite
+def pieces(draw: st.DrawFn) -> Piece:
+    rows, cols = draw(st.integers(1, 8)), draw(st.integers(1, 8))
+    start = draw(st.integers(0, rows * cols))
+    length = draw(st.integers(0, rows * cols - start))
+    return Piece(0, rows, cols, start, length, draw(st.integers(0, 5)))
+
+
+@given(pieces())
+def test_blocks_cover_exactly_the_piece(piece: Piece) -> None:
+    """Every element once, in order, at the row and column that its number says."""
+    blocks = piece.blocks()
+    covered = [
+        (block.offset + r * block.cols + c, block.row + r, block.column + c)
+        for block in blocks
+        for r in range(block.rows)
+        for c in range(block.cols)
+    ]
+    elements = range(piece.start, piece.start + piece.length)
+    assert covered == [(k - piece.start, k // piece.cols, k % piece.cols) for k in elements]
+    assert len(blocks) <= 3
+    # A block of several rows has whole ones: it has no gaps.
+    assert all(block.rows == 1 or (block.column, block.cols) == (0, piece.cols) for block in blocks)
+
+
+@given(pieces())
+def test_touched_rows(piece: Piece) -> None:
+    rows = {k // piece.cols for k in range(piece.start, piece.start + piece.length)}
+    assert piece.touched_rows == len(rows)
+    assert not rows or piece.first_row == min(rows)
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.lists(st.integers(0, 70), max_size=6))
+def test_cut_rows(rows: int, cols: int, borders: list[int]) -> None:
+    """By brute force: rows of which two neighbouring elements have a border between them."""
+    expected = {
+        row
+        for row in range(rows)
+        for column in range(1, cols)
+        if row * cols + column in borders
+    }  # fmt: skip
+    assert cut_rows(rows, cols, borders) == sorted(expected)
+
+
+def test_a_parameter_without_elements() -> None:
+    piece = Piece(0, 0, 4, 0, 0)
+    assert piece.blocks() == [] and piece.touched_rows == 0
+    assert set(state_sizes([piece], {0: "factored"}).values()) == {0}
+
+
+# ---- several ranks, as threads -----------------------------------------------------------------------------
+
+
+class Ranks:
+    """Stands for a process group: adds up what each thread brings, and counts."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.barrier = size, threading.Barrier(size, timeout=20)
+        self.brought: list[torch.Tensor | None] = [None] * size
+        self.calls = 0
+        self.elements = 0
+        self.local = threading.local()
+
+    def add(self, tensor: torch.Tensor) -> None:
+        rank = self.local.rank
+        self.brought[rank] = tensor.clone()
+        self.barrier.wait()
+        assert len({t.numel() for t in self.brought if t is not None}) == 1
+        total = torch.stack([t for t in self.brought if t is not None]).sum(0)
+        self.barrier.wait()
+        tensor.copy_(total)
+        if rank == 0:
+            self.calls += 1
+            self.elements += tensor.numel()
+
+
+class FakePending:
+    """Takes the place of plan.Pending."""
+
+    def __init__(self, tensor: torch.Tensor, group: Ranks) -> None:
+        group.add(tensor)
+
+    def wait(self) -> None:
+        pass
+
+
+NUMBERS = [0.1, 0.3, 0.9, 1 - 0.9, 0.9, 1.5, 0.01, 0.25, 0.25, 2.0**-125, 1.0]
+SETTINGS: dict[str, Any] = {"lr": 0.1, "sigma": 0.3, "beta": 0.9, "momentum": 0.9, "clip_value": 1.5, "extra_l2": 0.01}
+SHAPES = [(5, 7), (1, 3), (11, 2), (4, 6), (2, 1), (13, 5)]
+VIEWS = {"scalar": lambda n, rows, cols: (1, n), "full": lambda n, rows, cols: (n, 1)}
+
+
+def numbers(key: int, group: Any, t: int) -> list[float]:
+    return [*NUMBERS[:3], 1 - 0.9**t, *NUMBERS[4:]]
+
+
+def shard(rank: int, ranks: Ranks, kinds: list[str], flat: torch.Tensor) -> tuple[torch.Tensor, Layout]:
+    """This rank's part of all parameters laid one behind the other, as ZeRO-1 and -2 do it."""
+    part = -(-flat.numel() // ranks.size)
+    layout, begin = Layout([], group=ranks), 0
+    for key, ((rows, cols), kind) in enumerate(zip(SHAPES, kinds, strict=True)):
+        n = rows * cols
+        R, C = VIEWS.get(kind, lambda n, rows, cols: (rows, cols))(n, rows, cols)
+        first, last = max(begin, rank * part), min(begin + n, (rank + 1) * part)
+        if first < last:
+            layout.pieces.append(Piece(key, R, C, first - begin, last - first, first - rank * part))
+        borders = tuple(b - begin for b in range(part, flat.numel(), part) if begin < b < begin + n)
+        if borders:
+            layout.cuts.append(Cut(key, R, C, borders))
+        begin += n
+    return flat[rank * part : (rank + 1) * part].clone(), layout
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["native", "fallback"])
+@pytest.mark.parametrize("kind", [*KINDS, "mixed"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_simulated_ranks(size: int, kind: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "Pending", FakePending)
+    kinds = [kind if kind != "mixed" else KINDS[i % len(KINDS)] for i in range(len(SHAPES))]
+    params = [randn(i, *shape, dtype=torch.float64) for i, shape in enumerate(SHAPES)]
+    grads = [[randn(100 * t + i, *shape, dtype=torch.float64) for i, shape in enumerate(SHAPES)] for t in range(3)]
+    flat = torch.cat([p.flatten() for p in params])
+    flat_grads = [torch.cat([g.flatten() for g in some]) for some in grads]
+    states: list[dict[str, Any]] = [{} for _ in params]
+    for some in grads:
+        for param, grad, state, moments in zip(params, some, states, kinds, strict=True):
+            amos_step(param, grad, state, moments=moments, **SETTINGS)
+
+    ranks = Ranks(size)
+    results: list[Any] = [None] * size
+
+    def work(rank: int) -> None:
+        ranks.local.rank = rank
+        try:
+            tensor, layout = shard(rank, ranks, kinds, flat)
+            named = dict(enumerate(kinds))
+            state = {"step": torch.zeros(()), "momentum": torch.zeros_like(tensor)}
+            for key, entries in state_sizes(layout.pieces, named).items():
+                state[key] = torch.zeros(entries, dtype=torch.float64)
+            one = Plan([Member(tensor, {}, layout, "flat", torch.float64, fused)], named, numbers)
+            for gradient in flat_grads:
+                tensor.grad = shard(rank, ranks, kinds, gradient)[0]
+                one.run({tensor: state})
+            results[rank] = tensor
+        except BaseException as error:
+            ranks.barrier.abort()
+            results[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    assert relative_error(torch.cat(results), torch.cat([p.flatten() for p in params])) <= 1e-12
+    # One all-reduce a step, of one number more in the first step at most than in the others.
+    assert ranks.calls <= len(flat_grads)
+    if kind == "row":  # only the cut rows travel, at most one for each border, and the count of faults
+        assert ranks.elements <= len(flat_grads) * size

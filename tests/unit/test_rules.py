@@ -1,0 +1,249 @@
+"""param_groups and sigma="auto": the paper's table and Su's scales, on small models of every common module."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from amos_dist import Amos, param_groups
+from amos_dist.rules import advise
+
+
+def settings_by_name(model: nn.Module, sigma: Any = "paper", **given: Any) -> dict[str, dict[str, Any]]:
+    """What each parameter gets, by its name."""
+    found: dict[str, dict[str, Any]] = {}
+    for group in param_groups(model, sigma, **given):
+        for name, param in group["params"]:
+            assert dict(model.named_parameters())[name] is param and name not in found
+            found[name] = {key: value for key, value in group.items() if key != "params"}
+    return found
+
+
+def sigmas(model: nn.Module) -> dict[str, float]:
+    return {name: values["sigma"] for name, values in settings_by_name(model).items()}
+
+
+class Attention(nn.Module):
+    """As language models name their parts; the activation is a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.out_proj = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.mlp = nn.Module()
+        self.mlp.c_fc, self.mlp.c_proj = nn.Linear(12, 48), nn.Linear(48, 12)
+        self.relative_position = nn.Parameter(torch.zeros(4, 31))
+        self.norm = nn.LayerNorm(12)
+        self.temperature = nn.Parameter(torch.ones(()))
+
+
+def root(x: float) -> Any:
+    return pytest.approx(math.sqrt(x), rel=1e-12)
+
+
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mlp": (
+        lambda: nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Dropout(), nn.Linear(10, 20), nn.Linear(20, 5)),
+        {
+            "0.weight": root(1 / 6), "0.bias": 0.5, "3.weight": root(2 / 10), "3.bias": 0.5,
+            "4.weight": root(1 / 20), "4.bias": 0.5,
+        },
+    ),
+    "gelu": (lambda: nn.Sequential(nn.GELU(), nn.Linear(8, 3, bias=False)), {"1.weight": root(2 / 8)}),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(50, 8)), {"0.weight": root(2 / 8)}),
+    "norms": (
+        lambda: nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4), nn.GroupNorm(2, 4), nn.RMSNorm(4)),
+        {f"{i}.weight": 1.0 for i in range(4)} | {f"{i}.bias": 0.5 for i in range(3)},
+    ),
+    "convolutions": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 4, 1)),
+        {
+            "0.weight": root(8 / 75), "0.bias": 0.5, "3.weight": root(2 / 72), "3.bias": 0.5,
+            "4.weight": root(2 / 16), "4.bias": 0.5,
+        },
+    ),
+    "grouped convolution": (lambda: nn.Sequential(nn.Conv1d(8, 8, 3, groups=4, bias=False)), {"0.weight": root(2 / 6)}),
+    "transposed": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(6, 4, 3, bias=False)),
+        {"0.weight": root(1 / 54)},
+    ),
+    "attention": (
+        lambda: nn.MultiheadAttention(12, 3),
+        {"in_proj_weight": root(1 / 12), "in_proj_bias": 0.5, "out_proj.weight": root(1 / 12), "out_proj.bias": 0.5},
+    ),
+    "lstm": (
+        lambda: nn.LSTM(5, 7),
+        {"weight_ih_l0": root(1 / 5), "weight_hh_l0": root(1 / 7), "bias_ih_l0": 0.5, "bias_hh_l0": 0.5},
+    ),
+    "transformer names": (
+        Attention,
+        {
+            "q_proj.weight": root(1 / 12), "q_proj.bias": 0.5, "out_proj.weight": root(1 / 12), "out_proj.bias": 0.5,
+            "mlp.c_fc.weight": root(1 / 12), "mlp.c_fc.bias": 0.5, "mlp.c_proj.weight": root(2 / 48),
+            "mlp.c_proj.bias": 0.5, "relative_position": 0.5, "norm.weight": 1.0, "norm.bias": 0.5, "temperature": 0.5,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_paper(name: str) -> None:
+    make, expected = MODELS[name]
+    assert sigmas(make()) == expected
+
+
+def test_biases_of_attention() -> None:
+    found = sigmas(nn.MultiheadAttention(12, 3, add_bias_kv=True))
+    assert found["bias_k"] == found["bias_v"] == 0.5
+
+
+def test_torch_transformer_layer() -> None:
+    found = sigmas(nn.TransformerEncoderLayer(12, 3, 48))
+    assert found["linear1.weight"] == root(1 / 12) and found["linear2.weight"] == root(2 / 48)
+    assert found["self_attn.in_proj_weight"] == root(1 / 12) and found["norm1.weight"] == 1.0
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        self.head = nn.Linear(8, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_tied_weights_come_once_and_are_embeddings() -> None:
+    assert sigmas(Tied()) == {"embed.weight": root(2 / 8)}
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 2))
+    model[0].weight.requires_grad_(False)
+    assert set(settings_by_name(model)) == {"0.bias", "1.weight", "1.bias"}
+
+
+def test_row_dims_of_transposed_and_stacked_kernels() -> None:
+    model = nn.Module()
+    model.up = nn.ConvTranspose2d(6, 4, 3, bias=False)
+    model.experts = nn.Parameter(torch.randn(4, 10, 6))
+    model.plain = nn.Linear(3, 3, bias=False)
+    found = settings_by_name(model)
+    assert found["up.weight"]["row_dims"] == 2 and found["experts"]["row_dims"] == 2
+    assert "row_dims" not in found["plain.weight"]
+    assert found["experts"]["sigma"] == root(1 / 6)
+    assert settings_by_name(model, row_dims=1)["up.weight"]["row_dims"] == 1  # what the user says wins
+
+
+class Conv1D(nn.Module):
+    """As Hugging Face's: the weight is (in, out)."""
+
+    def __init__(self, out: int, inputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, out)), nn.Parameter(torch.zeros(out))
+
+
+def test_transposed_linear() -> None:
+    model = nn.ModuleDict({"c_attn": Conv1D(36, 12)})
+    assert sigmas(model) == {"c_attn.weight": root(1 / 12), "c_attn.bias": 0.5}
+    assert settings_by_name(model, moments="row")["c_attn.weight"]["moments"] == "column"
+    assert "moments" not in settings_by_name(model)["c_attn.weight"]
+
+
+def test_auto_of_zeros_in_transposed_kernels() -> None:
+    """fan_in is dim 0 of Conv1D, and dim 0 times the kernel's size of ConvTranspose."""
+    model = nn.ModuleDict({"c_attn": Conv1D(12, 48), "up": nn.ConvTranspose2d(6, 4, 3, bias=False)})
+    for param in model.parameters():
+        nn.init.zeros_(param)
+    groups = Amos(param_groups(model), lr=0.1).param_groups
+    given = [group["sigma"] for group in groups if group["sigma"] != "auto"]  # by the module: "auto" sees no scale
+    assert sorted(given, reverse=True) == [root(1 / 48), root(1 / 54)]
+
+
+def test_groups_share_equal_settings_and_carry_keywords() -> None:
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
+    groups = param_groups(model, "paper", beta=0.98, momentum=0.9)
+    assert len(groups) == 2
+    assert all(group["beta"] == 0.98 and group["momentum"] == 0.9 for group in groups)
+    optimizer = Amos(groups, lr=0.1)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [4, 4]
+
+
+@pytest.mark.parametrize("given", [{"sigmma": 1.0}, {"weight_decay": 0.1}, {"beta": 2.0}, {"moments": "rows"}], ids=str)
+def test_bad_keywords(given: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=next(iter(given))):
+        param_groups(nn.Linear(2, 2), **given)
+
+
+def test_a_number_for_all() -> None:
+    assert {v["sigma"] for v in settings_by_name(nn.Linear(3, 2), 0.25).values()} == {0.25}
+
+
+def test_every_parameter_has_advice_with_a_reason() -> None:
+    for make, _ in MODELS.values():
+        model = make()
+        advice = advise(model)
+        assert set(advice) == {name for name, _ in model.named_parameters()}
+        assert all(a.reason for a in advice.values())
+
+
+# ---- "auto" ------------------------------------------------------------------------------------------------
+
+
+def measured(model: nn.Module, **given: Any) -> dict[str, float]:
+    optimizer = Amos(model.named_parameters(), lr=0.1, **given)
+    (group,) = optimizer.param_groups
+    return dict(zip(group["param_names"], group["measured_sigma"], strict=True))
+
+
+def test_auto_is_the_root_mean_square() -> None:
+    model = nn.Sequential(nn.Linear(6, 10), nn.Embedding(7, 3), nn.LayerNorm(4), nn.Conv2d(2, 3, 5))
+    found = measured(model)
+    for name, param in model.named_parameters():
+        expected = param.double().square().mean().sqrt().item() if param.dim() > 1 else 0.5
+        assert found[name] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_auto_of_low_precision_does_not_overflow(dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.full((300, 300), 200.0, dtype=dtype))
+    assert Amos([weight], lr=0.1).param_groups[0]["measured_sigma"] == [pytest.approx(200.0, rel=1e-12)]
+
+
+def test_auto_of_zeros() -> None:
+    """sqrt(1 / fan_in)."""
+    model = nn.Sequential(nn.Linear(6, 10), nn.Conv2d(2, 3, 5))
+    for param in model.parameters():
+        nn.init.zeros_(param)
+    found = measured(model)
+    assert found == {"0.weight": root(1 / 6), "0.bias": 0.5, "1.weight": root(1 / 50), "1.bias": 0.5}
+
+
+def test_auto_does_not_change_with_training() -> None:
+    weight = nn.Parameter(torch.randn(6, 4))
+    optimizer = Amos([weight], lr=0.5)
+    before = optimizer.param_groups[0]["measured_sigma"][:]
+    for _ in range(3):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert optimizer.param_groups[0]["measured_sigma"] == before
+
+
+def test_sigma_is_the_scale_that_weights_settle_at() -> None:
+    """Noise alone as gradient: whatever the start, the entries come to the scale sigma, which nothing else says."""
+    for start in (0.05, 2.0):
+        torch.manual_seed(0)
+        weight = nn.Parameter(start * torch.randn(64, 64))
+        optimizer = Amos([weight], lr=0.3, sigma=0.4, beta=0.9, c_coef=0.0, d_coef=0.0)
+        for _ in range(150):
+            weight.grad = torch.randn(64, 64)
+            optimizer.step()
+        assert weight.square().mean().sqrt().item() == pytest.approx(0.4, rel=0.1)
+
+
+def test_paper_needs_the_modules() -> None:
+    model = nn.Linear(3, 2)
+    for params in (model.parameters(), model.named_parameters()):
+        with pytest.raises(ValueError, match=r"sigma='paper' needs the module .*param_groups\(model"):
+            Amos(params, lr=0.1, sigma="paper")
