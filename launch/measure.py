@@ -1,0 +1,94 @@
+"""What an optimizer costs on one rank: its step's time, the memory its step adds, and the state it keeps."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of storage that the optimizer's state holds on this rank; shared storage counts once."""
+    storages: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            for inner in value.values():
+                visit(inner)
+        elif isinstance(value, (list, tuple)):
+            for inner in value:
+                visit(inner)
+
+    visit(dict(optimizer.state))
+    return sum(storages.values())
+
+
+class StepTimes:
+    """Seconds of each whole step (clipping, communication, update) and of the optimizer's own part of it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self.device = device
+        self.whole: list[float] = []
+        self.optimizer: list[float] = []
+        self.begun = 0.0
+        self.inside = 0.0
+        # ZeRO steps once for each group or sub-group: the parts of one step are added up.
+        optimizer.register_step_pre_hook(self._begin)
+        optimizer.register_step_post_hook(self._end)
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _begin(self, *_: Any) -> None:
+        self.begun = self.now()
+
+    def _end(self, *_: Any) -> None:
+        self.inside += self.now() - self.begun
+
+    @contextmanager
+    def step(self, keep: bool) -> Iterator[None]:
+        """Time what is inside; `keep` is False for steps that are not typical."""
+        self.inside = 0.0
+        begun = self.now()
+        yield
+        if keep:
+            self.whole.append(self.now() - begun)
+            self.optimizer.append(self.inside)
+
+
+MEMORY_MEANS = {
+    "cuda": "the CUDA allocator's peak less what it held before",
+    "cpu": "what it takes from torch's CPU allocator, by torch's profiler",
+}
+
+
+class StepMemory:
+    """The most bytes that one step holds above what was held before it: `peak`, when the block has ended."""
+
+    peak = 0
+
+    @contextmanager
+    def watch(self, device: torch.device) -> Iterator[None]:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            yield
+            torch.cuda.synchronize(device)
+            self.peak = torch.cuda.max_memory_allocated(device) - before
+            return
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            yield
+        held = 0
+        assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+        events = profiler.profiler.kineto_results.events()
+        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            self.peak = max(self.peak, held)

@@ -1,0 +1,66 @@
+"""What ranks do together: start, agree that something worked, and average numbers."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import TypeVar
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+
+T = TypeVar("T")
+
+STARTED_BY = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")  # DeepSpeed finds its ranks from MPI's
+
+
+class AgreedError(ValueError):
+    """An error that every rank raises at the same place, so that ending needs no kill and nobody waits."""
+
+
+def start(local_rank: int) -> None:
+    """Join the other ranks, or be the only one, on this rank's device: a GPU if there are any."""
+    if "RANK" not in os.environ and not any(name in os.environ for name in STARTED_BY):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if "LOCAL_RANK" not in os.environ and local_rank >= 0:
+        os.environ["LOCAL_RANK"] = str(local_rank)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo will do: compile nothing at start
+    deepspeed.init_distributed(verbose=False)
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def agree(work: Callable[[], T] | None) -> T:
+    """Do `work` (None: nothing to do on this rank) and go on only if it worked on every rank.
+
+    Otherwise every rank raises the first error: a rank that failed alone would leave the others waiting.
+    """
+    result, problem = None, None
+    try:
+        result = work() if work else None
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise AgreedError(found)
+    return result  # type: ignore[return-value]
+
+
+def mean(value: torch.Tensor | float, device: torch.device) -> float:
+    """The mean of a number over all ranks."""
+    total = torch.as_tensor(value, dtype=torch.float64).to(device)
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+def largest(value: float, device: torch.device) -> float:
+    """The largest of a number over all ranks."""
+    most = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.item()
