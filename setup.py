@@ -6,6 +6,7 @@ AMOS_ARCHS  GPU architectures, default "80;90;100"
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,7 +89,9 @@ class Build(BuildExtension):
         return str(target)
 
 
+version = re.search(r'^__version__ = "(.+)"', (ROOT / "amos_dist" / "__init__.py").read_text(), re.MULTILINE)
 macros = [
+    ("AMOS_VERSION", f'"{version[1] if version else "?"}"'),
     ("TORCH_TARGET_VERSION", TORCH_TARGET),
     ("AMOS_TORCH_BUILT", f'"{torch.__version__}"'),
     ("AMOS_NO_CUDA_REASON", f'"{no_cuda_reason}"'),

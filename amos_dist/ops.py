@@ -8,20 +8,40 @@ why.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import fallback
+from . import __version__, fallback
 
-try:
-    from . import _C  # type: ignore[attr-defined]
 
-    _missing = ""
-except ImportError as error:
-    _C = None
-    _missing = f"the extension is not there ({error})"
+def _load() -> tuple[Any, str]:
+    """The extension, or None and why it is not there."""
+    try:
+        from . import _C  # type: ignore[attr-defined]
+
+        return _C, ""
+    except ImportError as error:
+        reason = f"the extension is not there ({error})"
+    # Started in the checkout, Python imports the sources here instead of the installed package: take that one's extension.
+    here = Path(__file__).parent
+    for folder in map(Path, sys.path):
+        for file in sorted((folder / here.name).glob("_C*.so")):
+            spec = importlib.util.spec_from_file_location(f"{__package__}._C", file)
+            if spec is not None and spec.loader is not None:
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                if module.version == __version__:
+                    return module, ""
+                reason = f"the installed extension is of version {module.version}, these sources are {__version__}"
+    return None, reason
+
+
+_C, _missing = _load()
 
 OPS = ("sums_", "slots_", "update_", "step_")
 
@@ -68,8 +88,6 @@ def backend(device: torch.device, fused: bool | None) -> Any:
 
 def build_info() -> dict[str, Any]:
     """What was built: version, torch built against, CPU instruction set, CUDA architectures or why there are none."""
-    from . import __version__
-
     info: dict[str, Any] = {"version": __version__, "torch": torch.__version__, "torch_built": None}
     info |= {"extension": _C is not None, "reason": _missing}
     info |= {"cpu_instruction_set": None, "cpu_instruction_sets": [], "cuda_archs": [], "cuda_reason": why_not("cuda")}

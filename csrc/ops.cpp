@@ -332,6 +332,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
 #else
   const char* archs = "";
 #endif
+  PyModule_AddStringConstant(module, "version", AMOS_VERSION);
   PyModule_AddStringConstant(module, "cuda_archs", archs);
   PyModule_AddStringConstant(module, "cpu_isa", amos::cpu::instruction_set());
   PyModule_AddStringConstant(module, "cpu_isas", amos::cpu::instruction_sets());

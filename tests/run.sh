@@ -12,13 +12,14 @@ if [ "${1:-}" = --here ]; then
     here=(--here)
     shift
 fi
-INSTALL_ONLY=1 REQUIREMENTS="launch/requirements.txt tests/requirements.txt" ./launch/quickstart.sh ${here[@]+"${here[@]}"}
-[ ${#here[@]} = 0 ] && export PATH="$PWD/.venv/bin:$PATH"
+python=$(./launch/install.sh ${here[@]+"${here[@]}"} tests/requirements.txt | tail -n 1)
+export PATH="$(dirname "$python"):$PATH"
+command -v g++ nvcc || true  # what the tests of the CUDA sources have to work with
 
 ruff check .
 ruff format --check .
 mypy
 clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*
 
-# The installed package is under test, not the sources beside it: pytest is started without the checkout on its path.
-python -m pytest "$@"
+# Fast ones first
+exec python -m pytest tests/unit tests/cuda_on_cpu tests/distributed tests/integration "$@"
