@@ -21,17 +21,18 @@ from . import __version__, fallback
 
 def _load() -> tuple[Any, str]:
     """The extension, or None and why it is not there."""
+    name = f"{__package__}._C"
     try:
-        from . import _C  # type: ignore[attr-defined]
-
-        return _C, ""
+        if importlib.util.find_spec(name) is not None:
+            return importlib.import_module(name), ""
     except ImportError as error:
-        reason = f"the extension is not there ({error})"
-    # Started in the checkout, Python imports the sources here instead of the installed package: take that one's extension.
+        return None, f"the extension cannot be loaded ({error})"
+    # Started in a checkout, Python imports the sources there, not the installed package: take the extension of that.
+    reason = "the extension is not built"
     here = Path(__file__).parent
     for folder in map(Path, sys.path):
         for file in sorted((folder / here.name).glob("_C*.so")):
-            spec = importlib.util.spec_from_file_location(f"{__package__}._C", file)
+            spec = importlib.util.spec_from_file_location(name, file)
             if spec is not None and spec.loader is not None:
                 module = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(module)

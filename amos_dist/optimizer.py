@@ -119,7 +119,8 @@ class Amos(Optimizer):
         self._kinds: dict[int, str] = {}
         self._plans: dict[Any, Plan] = {}
         self._layouts: dict[int, tuple[Tensor, Layout]] = {}
-        self._checked: dict[int, list[tuple[str, Any]]] = {}
+        self._checked: dict[int, list[Any]] = {}  # by id(group): the values that were looked at
+        self._constants: dict[int, tuple[float, list[float]]] = {}
         super().__init__(params, defaults)
         self._rules.refuse_useless([original.name for original in self._originals])
 
@@ -209,21 +210,29 @@ class Amos(Optimizer):
 
     def _numbers(self, key: int, group: dict[str, Any], t: int) -> list[float]:
         """The hyper-parameters of one parameter at step t, in the order of csrc/block.h's Hyper."""
+        if key not in self._constants:
+            self._constants[key] = self._constants_of(key, group)
+        factor, constants = self._constants[key]
+        numbers = constants.copy()
+        numbers[0] = factor * float(group["lr"])
+        numbers[3] = 1 - constants[2] ** t
+        return numbers
+
+    def _constants_of(self, key: int, group: dict[str, Any]) -> tuple[float, list[float]]:
+        """What does not change from step to step: the factor of lr, and the numbers but lr and 1 - beta^t."""
         original, override = self._originals[key], self._overrides[key]
 
         def setting(keyword: str) -> Any:
             return override.get(keyword, group[keyword])
 
-        sigma = setting("sigma")
+        sigma, clip = setting("sigma"), setting("clip_value")
         if sigma == "auto":
             sigma = group["measured_sigma"][original.place]
-        lr = float(group["lr"]) * override.get("lr_factor", 1.0)
-        beta, clip = float(setting("beta")), setting("clip_value")
-        return [
-            lr,
+        return override.get("lr_factor", 1.0), [
+            math.nan,
             float(sigma),
-            beta,
-            1 - beta**t,
+            float(setting("beta")),
+            math.nan,
             float(setting("momentum")),
             math.inf if clip is None else float(clip),
             float(setting("extra_l2")),
@@ -267,10 +276,12 @@ class Amos(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Schedulers and users change groups between steps: checks their values when they have changed."""
-        values = [(key, float(v) if isinstance(v := group[key], Tensor) else v) for key in settings.KEYWORDS]
+        settings.check({"lr": group["lr"]})
+        values = [float(v) if isinstance(v := group[key], Tensor) else v for key in settings.DEFAULTS]
         if self._checked.get(id(group)) != values:
-            settings.check(dict(values))
+            settings.check(dict(zip(settings.DEFAULTS, values, strict=True)))
             self._checked[id(group)] = values
+            self._constants.clear()
 
     def _refuse_gradients(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
@@ -406,6 +417,7 @@ class Amos(Optimizer):
                     self.state[tensor][key] = torch.as_tensor(value, dtype=torch.float32).detach().cpu().clone()
         self._plans.clear()
         self._checked.clear()
+        self._constants.clear()
 
     def _refuse_state_dict(self, state_dict: dict[str, Any]) -> None:
         for key in ("state", "param_groups"):
@@ -476,7 +488,8 @@ class Amos(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._surroundings, self._plans, self._layouts, self._checked = Surroundings(), {}, {}, {}
+        self._surroundings, self._plans, self._layouts = Surroundings(), {}, {}
+        self._checked, self._constants = {}, {}
         for group in self.param_groups:
             for key, value in settings.DEFAULTS.items():
                 group.setdefault(key, value)
