@@ -7,6 +7,7 @@ AMOS_ARCHS  GPU architectures, default "80;90;100"
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,9 +25,10 @@ except ImportError:
     )
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
     sys.exit(f"amos_dist: torch {torch.__version__} is too old. Install torch 2.11 or later, then run this again.")
-if sys.platform != "win32" and not shutil.which(os.environ.get("CXX", "c++")):
+compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
+if sys.platform != "win32" and not shutil.which(compiler):
     sys.exit(
-        f"amos_dist: no C++ compiler: `{os.environ.get('CXX', 'c++')}` is not on PATH. "
+        f"amos_dist: no C++ compiler: `{compiler}` is not on PATH. "
         "Install one (Debian, Ubuntu: apt-get install g++), or name it in the variable CXX."
     )
 
@@ -36,7 +38,7 @@ TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: runs on tha
 
 def find_toolkit() -> tuple[Path | None, str]:
     """The folder of the CUDA toolkit, or None and the reason."""
-    wanted = os.environ.get("AMOS_CUDA", "auto")
+    wanted = os.environ.get("AMOS_CUDA") or "auto"
     if wanted not in ("0", "1", "auto"):
         sys.exit(f"amos_dist: AMOS_CUDA={wanted} is unknown. Set it to 1, 0 or auto.")
     if wanted == "0":

@@ -20,6 +20,8 @@ class _Decay(LRScheduler):
             if not value >= 0 or value == math.inf or (name == "half_life" and value == 0):
                 raise ValueError(f"{name}={value} is out of range. Give a finite number of steps.")
         self.half_life, self.warmup = half_life, warmup
+        while not isinstance(optimizer, Optimizer) and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer  # DeepSpeed hands over its ZeRO wrapper
         super().__init__(optimizer, last_epoch)
 
     def factor(self, t: float) -> float:

@@ -28,18 +28,21 @@ def _load() -> tuple[Any, str]:
     except ImportError as error:
         return None, f"the extension cannot be loaded ({error})"
     # Started in a checkout, Python imports the sources there, not the installed package: take the extension of that.
-    reason = "the extension is not built"
     here = Path(__file__).parent
     for folder in map(Path, sys.path):
         for file in sorted((folder / here.name).glob("_C*.so")):
             spec = importlib.util.spec_from_file_location(name, file)
-            if spec is not None and spec.loader is not None:
+            if spec is None or spec.loader is None:
+                continue
+            try:
                 module = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(module)
-                if module.version == __version__:
-                    return module, ""
-                reason = f"the installed extension is of version {module.version}, these sources are {__version__}"
-    return None, reason
+            except (ImportError, OSError) as error:
+                return None, f"the extension {file} cannot be loaded ({error})"
+            if getattr(module, "version", "unknown") == __version__:
+                return module, ""
+            return None, f"the extension {file} is of another version than these sources, {__version__}"
+    return None, "the extension is not built"
 
 
 _C, _missing = _load()

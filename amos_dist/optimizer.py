@@ -44,8 +44,9 @@ class Amos(Optimizer):
     Args:
         params: parameters, groups, or named parameters. Every keyword below can stand in a group.
         lr: the paper's xi, about 1 / sqrt(number of independent batches in the training set). Constant after warm-up.
-        sigma: the paper's eta, the scale at which the entries settle: a number, "auto" (their root mean square now; 0.5
-            for 0-d and 1-d) or "paper" (by module; needs `amos_dist.param_groups` or DeepSpeed's JSON).
+        sigma: the paper's eta, the scale at which the entries settle: a number, "auto" (their root mean square now, so
+            build the optimizer after DDP has made the replicas equal; 0.5 for 0-d and 1-d) or "paper" (by module;
+            needs `amos_dist.param_groups` or DeepSpeed's JSON).
         beta: decay of the second moment. 1 - beta should be of the order of lr.
         momentum: of the final update, not debiased; 0: none, and no buffer.
         moments: what the second moment is shared over: "factored", "row", "column", "scalar" or "full".
@@ -92,7 +93,7 @@ class Amos(Optimizer):
         rules: list[dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
-        settings.check_keys(unknown, "Amos", (*settings.KEYWORDS, "params", "rules"))
+        settings.check_keys(unknown, "Amos")
         defaults: dict[str, Any] = {
             "lr": lr,
             "sigma": sigma,
@@ -117,7 +118,8 @@ class Amos(Optimizer):
         self._originals: list[Original] = []
         self._overrides: dict[int, dict[str, Any]] = {}
         self._kinds: dict[int, str] = {}
-        self._plans: dict[Any, Plan] = {}
+        self._views: dict[int, dict[str, Any]] = {}
+        self._plans: dict[int, dict[Any, Plan]] = {}  # by the id of their first tensor
         self._layouts: dict[int, tuple[Tensor, Layout]] = {}
         self._checked: dict[int, list[Any]] = {}  # by id(group): the values that were looked at
         self._constants: dict[int, tuple[float, list[float]]] = {}
@@ -129,8 +131,8 @@ class Amos(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; sigma="auto" is measured now. Nothing has changed where this raises."""
         if isinstance(param_group, dict):
-            known = (*settings.KEYWORDS, "params", "param_names")
-            settings.check_keys(param_group, "a parameter group", known, strict=False)
+            param_group = {**param_group}  # what is noted in it must not reach the caller's
+            settings.check_keys(param_group, "a parameter group", settings.GROUP_KEYS, strict=False)
             settings.check({key: value for key, value in param_group.items() if key in settings.KEYWORDS})
         super().add_param_group(param_group)
         before = len(self._originals)
@@ -145,6 +147,7 @@ class Amos(Optimizer):
         """Writes down what the group's parameters are, before any framework flattens them."""
         group = self.param_groups[number]
         group["amos_group"] = number  # frameworks replace a group's tensors, not the group
+        self._views[number] = {key: group[key] for key in ("moments", "row_dims")}
         originals = [
             self._note_original(number, place, name, param)
             for place, (name, param) in enumerate(zip(self._names_of(group), group["params"], strict=True))
@@ -187,6 +190,11 @@ class Amos(Optimizer):
                     "Give the group its peak lr; a schedule moves both."
                 )
             values["lr_factor"] = float(values.pop("lr")) / float(group["lr"])
+        if param.dtype != torch.float64 and float(given["eps"]) < 2**-126:
+            raise ValueError(
+                f"eps={given['eps']:g} for {name!r} is below what float32, in which it is computed, can hold. "
+                "Use 2**-126 or more."
+            )
         shape, key = original_shape(param), len(self._originals)
         try:
             kind = effective_moments(shape, given["moments"], given["row_dims"])
@@ -196,7 +204,7 @@ class Amos(Optimizer):
         views = {"scalar": (1, numel), "full": (numel, 1)}
         rows, cols = views.get(kind) or matrix_view(shape, given["row_dims"])
         self._kinds[key], self._overrides[key] = kind, values
-        self._originals.append(Original(key, name, number, place, param, shape, rows, cols))
+        self._originals.append(Original(key, name, number, place, param, shape, rows, cols, param.requires_grad))
         return self._originals[-1]
 
     def _names_of(self, group: dict[str, Any]) -> list[str]:
@@ -228,6 +236,11 @@ class Amos(Optimizer):
         sigma, clip = setting("sigma"), setting("clip_value")
         if sigma == "auto":
             sigma = group["measured_sigma"][original.place]
+        if sigma is None or isinstance(sigma, str):
+            raise ValueError(
+                f"sigma={setting('sigma')!r} of {original.name!r} was set after the optimizer was built, which has "
+                "measured none. Give a number, or build a new optimizer."
+            )
         return override.get("lr_factor", 1.0), [
             math.nan,
             float(sigma),
@@ -280,8 +293,18 @@ class Amos(Optimizer):
         values = [float(v) if isinstance(v := group[key], Tensor) else v for key in settings.DEFAULTS]
         if self._checked.get(id(group)) != values:
             settings.check(dict(zip(settings.DEFAULTS, values, strict=True)))
+            self._refuse_other_views(group)
             self._checked[id(group)] = values
             self._constants.clear()
+
+    def _refuse_other_views(self, group: dict[str, Any]) -> None:
+        """`moments` and `row_dims` shape the state: they are fixed when the optimizer is built."""
+        for key, built in self._views.get(group["amos_group"], {}).items():
+            if group[key] != built:
+                raise ValueError(
+                    f"{key}={group[key]!r} in a parameter group, but its state was made for {key}={built!r}. "
+                    "Build a new optimizer to change it."
+                )
 
     def _refuse_gradients(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
@@ -300,16 +323,23 @@ class Amos(Optimizer):
 
     def _plan(self, chosen: list[tuple[int, Tensor, dict[str, Any]]]) -> Plan:
         keywords = ("momentum_dtype", "fused", "foreach")
-        key = tuple((id(t), id(g), bool(g["momentum"]), *(g[k] for k in keywords)) for _, t, g in chosen)
-        if key in self._plans:
+        key = tuple(
+            (id(t), t.device, t.dtype, id(g), bool(g["momentum"]), *(g[k] for k in keywords)) for _, t, g in chosen
+        )
+        plans = self._plans.setdefault(id(chosen[0][1]), {})
+        if key in plans:
             if all(self.state.get(tensor) for _, tensor, _ in chosen):
-                return self._plans[key]
-            del self._plans[key]  # the state was cleared: make it anew
+                return plans[key]
+            del plans[key]  # the state was cleared: make it anew
         members = [self._member(index, tensor, group) for index, tensor, group in chosen]
         for member in members:
-            self._make_state(member)
-        self._plans[key] = Plan(members, self._kinds, self._numbers)
-        return self._plans[key]
+            member.fault = member.layout.fault or self._make_state(member)
+            if member.fault and member.layout.group is None:
+                raise RuntimeError(member.fault)
+        while len(plans) >= 4:  # freezing parameters makes new plans, and each has a workspace
+            del plans[next(iter(plans))]
+        plans[key] = Plan(members, self._kinds, self._numbers)
+        return plans[key]
 
     def _member(self, index: int, tensor: Tensor, group: dict[str, Any]) -> Member:
         layout = self._layout(index, tensor, group)
@@ -329,7 +359,8 @@ class Amos(Optimizer):
     def _layout(self, index: int, tensor: Tensor, group: dict[str, Any]) -> Layout:
         if id(tensor) not in self._layouts:
             originals = [original for original in self._originals if original.group == group["amos_group"]]
-            self._layouts[id(tensor)] = (tensor, layout_of(tensor, index, originals, self._originals))
+            count = len(group["params"])
+            self._layouts[id(tensor)] = (tensor, layout_of(tensor, index, count, originals, self._originals))
         return self._layouts[id(tensor)][1]
 
     def _state_shapes(self, tensor: Tensor, layout: Layout) -> dict[str, tuple[int, ...]]:
@@ -350,25 +381,32 @@ class Amos(Optimizer):
             return {"column_moment": columns, "decay": columns}
         return {"row_moment": rows, "decay": rows} | ({"column_moment": columns} if kind == "factored" else {})
 
-    def _make_state(self, member: Member) -> None:
-        """State for every parameter that is trained, gradient or not: checkpoints of unused ones must be complete."""
+    def _make_state(self, member: Member) -> str:
+        """State for every parameter that is trained, gradient or not: checkpoints of unused ones must be complete.
+
+        Returns:
+            What is wrong with the state that is there already, or nothing.
+        """
         state, tensor = self.state[member.tensor], member.tensor
         shapes = self._state_shapes(tensor, member.layout)
         if not state:
             state["step"] = torch.zeros(())
             for key, shape in shapes.items():
                 state[key] = torch.zeros(shape, dtype=compute_dtype(tensor), device=tensor.device)
-        if member.momentum_dtype is not None and "momentum" not in state:
-            state["momentum"] = torch.zeros(tensor.shape, dtype=member.momentum_dtype, device=tensor.device)
+        if member.momentum_dtype is not None:
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros(tensor.shape, dtype=member.momentum_dtype, device=tensor.device)
+            shapes["momentum"] = tuple(tensor.shape)
         for key, shape in shapes.items():
             if key not in state or state[key].numel() != math.prod(shape):
-                raise RuntimeError(
+                return (
                     f"the state {key!r} of {member.name!r} has {state[key].numel() if key in state else 'no'} entries, "
                     f"expected {math.prod(shape)}. The checkpoint is of another model, another number of ranks or "
                     "other `moments`: use the ones it was written with."
                 )
-        if member.momentum_dtype is not None and state["momentum"].dtype != member.momentum_dtype:
-            state["momentum"] = state["momentum"].to(member.momentum_dtype)
+            dtype = member.momentum_dtype if key == "momentum" else compute_dtype(tensor)
+            state[key] = state[key].to(tensor.device, dtype).contiguous()  # the model may have been moved since
+        return ""
 
     def _is_trial(self, plan: Plan) -> bool:
         """DeepSpeed's stage 0 in fp16 and bf16 calls step() once with zero gradients at start: that must not count."""
@@ -441,6 +479,8 @@ class Amos(Optimizer):
                     "the state_dict is not of Amos: a parameter group has no 'amos_group'. "
                     "To start with a fresh optimizer on these weights, load the model only."
                 )
+            settings.check({key: saved[key] for key in settings.KEYWORDS if key in saved})
+            self._refuse_other_views({**settings.DEFAULTS, **saved})
             for original in (o for o in self._originals if o.group == saved["amos_group"]):
                 measured = saved["measured_sigma"]
                 sigma = self._overrides[original.key].get("sigma", saved.get("sigma", "auto"))
@@ -466,6 +506,10 @@ class Amos(Optimizer):
                 raise ValueError(
                     f"the state {key!r} of {name!r} is no tensor but {value!r}. Load what Amos.state_dict() returned."
                 )
+        if not 0 <= float(state["step"]) < math.inf:
+            raise ValueError(
+                f"the state 'step' of {name!r} is {float(state['step'])}. The file is damaged: use another."
+            )
         if original is None:
             return  # a flat partition: its state is checked when its layout is known, at the next step
         expected = self._state_shapes(tensor, Layout([original.whole()]))
@@ -483,7 +527,7 @@ class Amos(Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_originals", "_overrides", "_kinds", "_rules")
+        own = ("_originals", "_overrides", "_kinds", "_views", "_rules")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ class Member:
     name: str
     momentum_dtype: torch.dtype | None  # None: without momentum
     fused: bool | None
+    fault: str = ""  # why it cannot be stepped; every rank of its process group learns of it before anything changes
 
 
 def has_rows(kind: str) -> bool:
@@ -216,7 +217,7 @@ class Plan:
         for bucket in self.buckets:
             for group, (begin, end) in bucket.ranges.items():
                 if not self.trusted:
-                    faults = [m.layout.fault for m in self.members if m.layout.group is group and m.layout.fault]
+                    faults = [m for m in self.members if m.layout.group is group and m.fault]
                     bucket.shared_work[0, begin] = len(faults)
                 if end - begin > 1 or not self.trusted:
                     pending.append(Pending(bucket.shared_work[0, begin:end], group))
@@ -235,14 +236,14 @@ class Plan:
 
     def _refuse_faults(self) -> None:
         for member in self.members:
-            if member.layout.fault:
-                raise RuntimeError(member.layout.fault)
+            if member.fault:
+                raise RuntimeError(member.fault)
         for bucket in self.buckets:
             for begin, _ in bucket.ranges.values():
                 if bucket.shared_work[0, begin] != 0:
                     raise RuntimeError(
-                        "another rank found that its float32 partition does not hold what the parameters say. "
-                        "Its own message names the parameter."
+                        "another rank found that it cannot take this step: its partition or its state does not fit. "
+                        "Its own message names the parameter and says what to do."
                     )
         self.trusted = True
 

@@ -157,6 +157,7 @@ def scales(params: list[Tensor], row_dims: list[int], group_names: list[str]) ->
 
     Raises:
         RuntimeError: a parameter has no values yet (meta device).
+        ValueError: a parameter holds NaN or infinite values.
     """
     sums: list[Tensor | None] = []
     waiting: dict[Any, list[int]] = {}
@@ -172,7 +173,7 @@ def scales(params: list[Tensor], row_dims: list[int], group_names: list[str]) ->
             )
         part = partition_sum_of_squares(param)
         if part is None:
-            sums.append(param.detach().double().square().sum())
+            sums.append(torch.linalg.vector_norm(param.detach(), dtype=torch.float64).square())
         else:
             sums.append(part[0])
             waiting.setdefault(part[1], []).append(i)
@@ -181,12 +182,15 @@ def scales(params: list[Tensor], row_dims: list[int], group_names: list[str]) ->
         dist.all_reduce(stacked, group=group)
         for i, total in zip(members, stacked, strict=True):
             sums[i] = total
-    return [_scale(param, total, dims) for param, total, dims in zip(params, sums, row_dims, strict=True)]
+    values = zip(params, sums, row_dims, group_names, strict=True)
+    return [_scale(param, total, dims, name) for param, total, dims, name in values]
 
 
-def _scale(param: Tensor, total: Tensor | None, row_dims: int) -> float:
+def _scale(param: Tensor, total: Tensor | None, row_dims: int, name: str) -> float:
     if total is None:
         return 0.5
+    if not math.isfinite(float(total)):
+        raise ValueError(f"parameter {name!r} holds NaN or infinite values. Mend it, or give sigma as a number.")
     shape = original_shape(param)
     if (scale := math.sqrt(float(total) / math.prod(shape))) > 0:
         return scale

@@ -33,6 +33,13 @@ DEFAULTS: dict[str, Any] = {
 KEYWORDS = ("lr", *DEFAULTS)
 PER_PARAMETER = tuple(key for key in KEYWORDS if key not in ("foreach", "fused", "capturable"))
 
+# What else may be in a group without a doubt: torch's own and its schedulers' keys.
+GROUP_KEYS = (
+    *KEYWORDS,
+    *("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"),
+    *("amos_group", "measured_sigma"),
+)
+
 # Keywords of other optimizers that would change the result: ignoring one would be a different training run.
 _FOREIGN = {
     "weight_decay": "Amos's weight decay follows from sigma; use extra_l2 for more",
@@ -41,6 +48,7 @@ _FOREIGN = {
     "nesterov": "Amos has no such variant",
     "dampening": "Amos has no such variant",
     "differentiable": "Amos's step cannot be differentiated",
+    "rules": "rules are for the whole optimizer",
 }
 
 

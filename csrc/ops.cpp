@@ -106,8 +106,10 @@ char* at(const Tensors* list, int64_t index, int64_t offset, int64_t count, cons
          const std::string& names) {
   if (!list || list->empty()) return nullptr;
   const Tensor& t = (*list)[index];
-  STD_TORCH_CHECK(offset >= 0 && count >= 0 && offset + count <= t.numel(), called(name, index, names),
-                  ": expected at least ", offset + count, " elements, got ", t.numel());
+  // Compared without adding: an offset near 2^63 must not wrap around.
+  STD_TORCH_CHECK(offset >= 0 && count >= 0 && offset <= t.numel() && count <= t.numel() - offset,
+                  called(name, index, names), ": expected at least ", count, " elements from number ", offset,
+                  " on, got ", t.numel());
   return static_cast<char*>(t.data_ptr()) + offset * t.element_size();
 }
 
@@ -126,6 +128,11 @@ Call read(const Lists& lists, const Tensor& work, const Tensor& blocks, const Te
                   "work: expected a contiguous tensor of shape [3, n]");
   if (count == 0 || blocks.size(0) == 0) return call;
 
+  for (const Tensors* list :
+       {lists.param, lists.grad, lists.momentum, lists.row_moment, lists.column_moment, lists.decay})
+    for (size_t i = 0; list && i < list->size(); ++i)
+      STD_TORCH_CHECK((*list)[i].device() == work.device(), called("tensor", int64_t(i), names),
+                      ": expected it on the device of the workspace");
   const Tensors* all[] = {lists.param, lists.grad, lists.row_moment, lists.column_moment, lists.decay};
   const char* list_names[] = {"param", "grad", "row_moment", "column_moment", "decay"};
   for (int i = 0; i < 5; ++i)
@@ -176,15 +183,20 @@ Call read(const Lists& lists, const Tensor& work, const Tensor& blocks, const Te
     const int64_t tensor = f[0], offset = f[1], rows = f[2], cols = f[3], row_state = f[7], column_state = f[8],
                   decay_state = f[9];
     STD_TORCH_CHECK(tensor >= 0 && tensor < int64_t(count) && rows >= 0 && cols >= 0 && f[4] >= 0 && f[4] <= 2 &&
-                        f[5] > 0 && f[6] > 0 && f[12] >= 0 && f[13] >= 0,
+                        f[5] > 0 && f[6] > 0,
                     "blocks[", i, "]: a field is out of range");
     const auto moments = static_cast<Moments>(f[4]);
     const bool has_rows = moments != Moments::column, has_columns = moments != Moments::row;
+    const int64_t row_work = has_rows ? f[10] : 0, column_work = has_columns ? f[11] : 0,
+                  column_start = has_columns ? f[12] : 0, columns = has_columns ? f[13] : 0;
+    for (int64_t place : {row_work, column_work, column_start, columns})  // so that their sums below cannot wrap around
+      STD_TORCH_CHECK(place >= 0 && place <= work.size(1), "blocks[", i, "]: reaches beyond the workspace of ",
+                      work.size(1), " elements");
+    STD_TORCH_CHECK(rows == 0 || cols <= std::numeric_limits<int64_t>::max() / 2 / rows, "blocks[", i, "]: too large");
     // Only rows that a phase writes need a place in the workspace: `step` keeps those of `row` moments on chip.
-    STD_TORCH_CHECK(f[10] >= 0 && f[11] >= 0 &&
-                        (moments == Moments::row || f[10] + (has_rows ? rows : 0) <= work.size(1)) &&
-                        f[11] + (has_columns ? f[12] + cols : 0) <= work.size(1) &&
-                        f[11] + (has_columns ? f[13] : 0) <= work.size(1),
+    STD_TORCH_CHECK((!has_rows || moments == Moments::row || rows <= work.size(1) - row_work) &&
+                        (!has_columns || cols <= work.size(1) - column_work - column_start) &&
+                        columns <= work.size(1) - column_work,
                     "blocks[", i, "]: reaches beyond the workspace of ", work.size(1), " elements");
     Block b{};
     b.param = at(lists.param, tensor, offset, rows * cols, "param", names);
@@ -192,17 +204,17 @@ Call read(const Lists& lists, const Tensor& work, const Tensor& blocks, const Te
     b.momentum = at(lists.momentum, tensor, offset, rows * cols, "momentum", names);
     if (lists.decay) {
       if (has_rows) b.row_moment = at(lists.row_moment, tensor, row_state, rows, "row_moment", names);
-      if (has_columns) b.column_moment = at(lists.column_moment, tensor, column_state, f[13], "column_moment", names);
-      b.decay = at(lists.decay, tensor, decay_state, has_rows ? rows : f[13], "decay", names);
+      if (has_columns) b.column_moment = at(lists.column_moment, tensor, column_state, columns, "column_moment", names);
+      b.decay = at(lists.decay, tensor, decay_state, has_rows ? rows : columns, "decay", names);
     }
     b.rows = rows;
     b.cols = cols;
     b.row_count = f[5];
     b.column_count = f[6];
-    b.row_work = f[10];
-    b.column_work = f[11];
-    b.column_start = f[12];
-    b.columns = f[13];
+    b.row_work = row_work;
+    b.column_work = column_work;
+    b.column_start = column_start;
+    b.columns = columns;
     b.moments = moments;
     b.hyper = {h[0], h[1], h[2], h[3], h[4], h[5], h[6], h[7], h[8], h[9], h[10]};
     call.blocks.push_back(b);
@@ -213,7 +225,7 @@ Call read(const Lists& lists, const Tensor& work, const Tensor& blocks, const Te
 // Rows of `row` moments that go through the workspace (all phases but `step`) must have their place in it.
 void expect_row_work(const Call& call) {
   for (const Block& b : call.blocks)
-    STD_TORCH_CHECK(b.moments != Moments::row || b.row_work + b.rows <= call.work.plane,
+    STD_TORCH_CHECK(b.moments != Moments::row || b.rows <= call.work.plane - b.row_work,
                     "blocks: rows reach beyond the workspace of ", call.work.plane, " elements");
 }
 

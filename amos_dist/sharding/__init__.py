@@ -28,8 +28,10 @@ def refuse_unknown(param: torch.Tensor, name: str) -> None:
         )
 
 
-def layout_of(tensor: torch.Tensor, index: int, originals: list[Original], everywhere: list[Original]) -> Layout:
-    """What `tensor`, the index-th of a parameter group, holds.
+def layout_of(
+    tensor: torch.Tensor, index: int, count: int, originals: list[Original], everywhere: list[Original]
+) -> Layout:
+    """What `tensor`, the index-th of the `count` tensors of a parameter group, holds.
 
     Args:
         originals: the parameters with which that group was made. everywhere: those of all groups.
@@ -39,7 +41,8 @@ def layout_of(tensor: torch.Tensor, index: int, originals: list[Original], every
     """
     layout = (
         whole.find(tensor, originals)
-        or zero.find(tensor, originals, everywhere)
+        # Several tensors in a group are no partitions: what an earlier engine left on the parameters is stale then.
+        or (zero.find(tensor, originals, everywhere) if count == 1 else None)
         or whole.find_clone(tensor, index, originals)
     )
     if layout is None:

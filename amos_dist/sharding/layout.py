@@ -44,6 +44,7 @@ class Original:
     Attributes:
         key: its number, in the order of the groups.
         group: the number of its parameter group. place: its number there.
+        trainable: whether it required a gradient then: what frameworks copy or flatten is decided at that time.
         rows, cols: its matrix view for the kind of moments that it has; "scalar" is 1 x numel, "full" is numel x 1.
     """
 
@@ -55,6 +56,7 @@ class Original:
     shape: tuple[int, ...]
     rows: int
     cols: int
+    trainable: bool
 
     @property
     def numel(self) -> int:

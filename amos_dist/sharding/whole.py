@@ -20,7 +20,7 @@ def find_clone(tensor: torch.Tensor, index: int, originals: list[Original]) -> L
 
     DeepSpeed's stage 0 in fp16 and bf16 hands over float32 clones of the trainable parameters, in their order.
     """
-    trainable = [original for original in originals if original.param.requires_grad]
+    trainable = [original for original in originals if original.trainable]
     if index < len(trainable) and trainable[index].shape == tuple(tensor.shape):
         return Layout([trainable[index].whole()], clone=True)
     return None

@@ -22,13 +22,12 @@ def find(flat: torch.Tensor, originals: list[Original], everywhere: list[Origina
         originals: the parameters of its group.
         everywhere: the parameters of all groups (ZeRO-3's sub-groups are looked up by identity).
     """
-    trainable = [original for original in originals if original.param.requires_grad and original.numel]
-    for original in trainable:
+    for original in originals:
         if hasattr(original.param, "_z3_optimizer"):
             return _stage3(flat, original.param._z3_optimizer, everywhere)
-    if any(getattr(original.param, "_dp_group", None) is not None for original in trainable):
-        return _stage12(flat, trainable)
-    return None
+    # Set at `initialize` on what was trainable then; requires_grad may have changed since.
+    flattened = [o for o in originals if getattr(o.param, "_dp_group", None) is not None and o.numel]
+    return _stage12(flat, flattened) if flattened and flat.dim() == 1 else None
 
 
 def partition_sum_of_squares(param: Any) -> tuple[torch.Tensor, Any] | None:
@@ -73,18 +72,21 @@ def _stage3(flat: torch.Tensor, zero: Any, everywhere: list[Original]) -> Layout
     return layout
 
 
-def _stage12(flat: torch.Tensor, trainable: list[Original]) -> Layout:
+def _stage12(flat: torch.Tensor, flattened: list[Original]) -> Layout:
     """The group's parameters lie one behind the other in a low-precision buffer; rank r's flat is its r-th equal part.
 
     The addresses in that buffer are the truth: DeepSpeed's own map is wrong with round_robin_gradients.
     """
-    group = trainable[0].param._dp_group  # type: ignore[attr-defined]
+    group = flattened[0].param._dp_group  # type: ignore[attr-defined]
     rank, size = dist.get_rank(group), flat.numel()
-    base = min(original.param.data_ptr() for original in trainable)
+    base = min(original.param.data_ptr() for original in flattened)
     layout, checks = Layout([], group=group), []
-    for original in sorted(trainable, key=lambda o: o.param.data_ptr()):
+    for original in sorted(flattened, key=lambda o: o.param.data_ptr()):
         param = original.param
         begin = (param.data_ptr() - base) // param.element_size()
+        if begin + original.numel > size * dist.get_world_size(group):
+            # Addresses differ from rank to rank then: nothing that depends on them may reach the all-reduce.
+            return Layout([], group=group, fault=_misplaced(original))
         first, last = max(begin, rank * size), min(begin + original.numel, (rank + 1) * size)
         if first < last:
             start, offset = first - begin, first - rank * size
@@ -102,8 +104,13 @@ def _compare(flat: torch.Tensor, checks: list[tuple[Original, int, torch.Tensor]
     for original, offset, held in checks:
         part = flat.detach().view(-1)[offset : offset + held.numel()].to(held.device, held.dtype)
         if not torch.equal(part, held) and not torch.equal(part.nan_to_num(), held.nan_to_num()):
-            return (
-                f"the float32 partition does not hold what parameter {original.name!r} says at this place. "
-                "This version of DeepSpeed lays partitions out in a way that amos_dist does not know; please report it."
-            )
+            return _misplaced(original)
     return ""
+
+
+def _misplaced(original: Original) -> str:
+    return (
+        f"the float32 partition does not hold what parameter {original.name!r} says at this place. "
+        "Do not change or replace parameters between deepspeed.initialize and the first step; if you did not, this "
+        "version of DeepSpeed lays partitions out in a way that amos_dist does not know: please report it."
+    )

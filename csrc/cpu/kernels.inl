@@ -30,9 +30,12 @@ AMOS_FN VecU as_bits(VecF f) { return (VecU)f; }
 
 AMOS_FN VecF widen(VecU h, BFloat16) { return as_float(h << 16); }
 AMOS_FN VecF widen(VecU h, Float16) {
-  // Move exponent and fraction up, then scale by 2^112 to correct the bias: exact, subnormals included.
+  // Exponent and fraction move up, and the bias grows by 112. A subnormal is made as 2^-14 (1 + fraction) - 2^-14:
+  // exact, and without a subnormal float, which the processor may be told to flush to zero.
   const VecU magnitude = (h & 0x7fffu) << 13;
-  const VecU finite = as_bits(as_float(magnitude) * 0x1p112f);
+  const VecU small = as_bits(as_float(magnitude + (113u << 23)) - 0x1p-14f);
+  const VecU is_small = (VecU)((h & 0x7c00u) == 0u);
+  const VecU finite = (is_small & small) | (~is_small & (magnitude + (112u << 23)));
   const VecU special = magnitude | 0x7f800000u;  // inf and NaN
   const VecU is_special = (VecU)((h & 0x7c00u) == 0x7c00u);
   return as_float(((h & 0x8000u) << 16) | (is_special & special) | (~is_special & finite));
