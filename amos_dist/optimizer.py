@@ -328,14 +328,12 @@ class Amos(Optimizer):
         )
         plans = self._plans.setdefault(id(chosen[0][1]), {})
         if key in plans:
-            if all(self.state.get(tensor) for _, tensor, _ in chosen):
+            if plans[key].agreed and all(self.state.get(tensor) for _, tensor, _ in chosen):
                 return plans[key]
-            del plans[key]  # the state was cleared: make it anew
+            del plans[key]  # a fault that may be mended, or the state was cleared: make it anew
         members = [self._member(index, tensor, group) for index, tensor, group in chosen]
         for member in members:
             member.fault = member.layout.fault or self._make_state(member)
-            if member.fault and member.layout.group is None:
-                raise RuntimeError(member.fault)
         while len(plans) >= 4:  # freezing parameters makes new plans, and each has a workspace
             del plans[next(iter(plans))]
         plans[key] = Plan(members, self._kinds, self._numbers)
@@ -357,7 +355,7 @@ class Amos(Optimizer):
         return Member(tensor, group, layout, name, dtype, False if group["foreach"] else group["fused"])
 
     def _layout(self, index: int, tensor: Tensor, group: dict[str, Any]) -> Layout:
-        if id(tensor) not in self._layouts:
+        if id(tensor) not in self._layouts or self._layouts[id(tensor)][1].fault:
             originals = [original for original in self._originals if original.group == group["amos_group"]]
             count = len(group["params"])
             self._layouts[id(tensor)] = (tensor, layout_of(tensor, index, count, originals, self._originals))

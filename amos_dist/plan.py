@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .sharding import Layout, Pending, Piece, cut_rows
+from .sharding import Layout, Pending, Piece, cut_rows, disagreement
 
 CODES = {"row": 0, "scalar": 0, "full": 0, "column": 1, "factored": 2}  # csrc/block.h: enum Moments
 BLOCK_FIELDS = 14  # csrc/ops.cpp
@@ -128,7 +128,7 @@ class _Bucket:
 
     def _place_travelling(self, group: Any, layouts: list[Layout]) -> None:
         """Places for what is cut between ranks: the same on every rank, whatever it holds or has gradients for."""
-        begin = self._shared.take(1)  # counts the ranks whose layout cannot be trusted
+        begin = self._shared.used
         for cut in (cut for layout in layouts for cut in layout.cuts):
             kind = self.kinds[cut.key]
             if has_rows(kind):
@@ -196,7 +196,7 @@ class Plan:
 
     def __init__(self, members: list[Member], kinds: dict[int, str], numbers: Numbers) -> None:
         self.members, self.numbers = members, numbers
-        self.trusted = False
+        self.agreed = False
         together: dict[tuple[torch.device, torch.dtype], list[Member]] = {}
         for member in members:
             together.setdefault((member.tensor.device, compute_dtype(member.tensor)), []).append(member)
@@ -206,26 +206,21 @@ class Plan:
         """Moves every tensor that has a gradient by one step, and its state with it.
 
         Raises:
-            RuntimeError: on every rank, where the layout of any rank cannot be trusted; nothing has changed then.
+            RuntimeError: on every rank, where any rank cannot take this step; nothing has changed then.
         """
+        if not self.agreed:
+            self._agree()
         calls = [_Call(bucket, launch, self, states) for bucket in self.buckets for launch in bucket.launches.values()]
         for bucket in self.buckets:
             bucket.shared_work[0, : bucket.travelling] = 0
         for call in calls:
             call.sums()
-        pending = []
-        for bucket in self.buckets:
-            for group, (begin, end) in bucket.ranges.items():
-                if not self.trusted:
-                    faults = [m for m in self.members if m.layout.group is group and m.fault]
-                    bucket.shared_work[0, begin] = len(faults)
-                if end - begin > 1 or not self.trusted:
-                    pending.append(Pending(bucket.shared_work[0, begin:end], group))
-        if not self.trusted:
-            for each in pending:
-                each.wait()
-            self._refuse_faults()
-            pending = []
+        pending = [
+            Pending(bucket.shared_work[0, begin:end], group)
+            for bucket in self.buckets
+            for group, (begin, end) in bucket.ranges.items()
+            if end > begin
+        ]
         for call in calls:  # while the sums travel
             call.step()
         for each in pending:
@@ -234,18 +229,17 @@ class Plan:
             call.slots_and_update()
             call.count()
 
-    def _refuse_faults(self) -> None:
-        for member in self.members:
-            if member.fault:
-                raise RuntimeError(member.fault)
-        for bucket in self.buckets:
-            for begin, _ in bucket.ranges.values():
-                if bucket.shared_work[0, begin] != 0:
-                    raise RuntimeError(
-                        "another rank found that it cannot take this step: its partition or its state does not fit. "
-                        "Its own message names the parameter and says what to do."
-                    )
-        self.trusted = True
+    def _agree(self) -> None:
+        """Once: all ranks of a process group can take this step, and reduce the same numbers."""
+        for group in dict.fromkeys(member.layout.group for member in self.members):
+            faults = [member.fault for member in self.members if member.layout.group is group and member.fault]
+            fault = faults[0] if faults else ""
+            if group is not None:
+                ranges = [bucket.ranges.get(group, (0, 0)) for bucket in self.buckets]
+                fault = disagreement(group, fault, sum(end - begin for begin, end in ranges))
+            if fault:
+                raise RuntimeError(fault)
+        self.agreed = True
 
 
 class _Call:

@@ -7,9 +7,20 @@ import torch
 from . import whole, zero
 from .layout import Cut, Layout, Original
 from .piece import Block, Piece, cut_rows
-from .reduce import Pending
+from .reduce import Pending, disagreement
 
-__all__ = ["Block", "Cut", "Layout", "Original", "Pending", "Piece", "cut_rows", "layout_of", "refuse_unknown"]
+__all__ = [
+    "Block",
+    "Cut",
+    "Layout",
+    "Original",
+    "Pending",
+    "Piece",
+    "cut_rows",
+    "disagreement",
+    "layout_of",
+    "refuse_unknown",
+]
 
 
 def refuse_unknown(param: torch.Tensor, name: str) -> None:

@@ -26,7 +26,7 @@ class Layout:
     pieces: the parts of parameters that the tensor holds, in order of their offset.
     group: the process group over which the cut parameters are spread; None: this process holds them whole.
     cuts: the same list, in the same order, on every rank of `group`, whatever that rank holds.
-    fault: why the layout cannot be trusted, "" if it can. Every rank learns of it in the first all-reduce.
+    fault: why the layout cannot be trusted, "" if it can. Every rank learns of it before the first step.
     clone: the tensor is a framework's copy of a whole parameter, which is stepped once with zeros at start.
     """
 

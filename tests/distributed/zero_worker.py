@@ -50,6 +50,8 @@ def plain(case: dict[str, Any], size: int, rates: list[list[float]]) -> dict[str
     dtype = DTYPES[case["dtype"]]
     model = make_model(dtype)
     master = make_model(torch.float32)
+    for frozen in (model, master) if case.get("thaw") else ():
+        frozen.norm.weight.requires_grad_(False)
     with torch.no_grad():
         for a, b in zip(master.parameters(), model.parameters(), strict=True):
             a.copy_(b)
@@ -91,6 +93,8 @@ def engine_for(case: dict[str, Any], size: int) -> Any:
         config["bf16"] = {"enabled": True, **config.get("bf16", {})}
     if dtype == "fp16":
         config["fp16"] = {"enabled": True, "initial_scale_power": 8, **config.get("fp16", {})}
+    if case.get("scheduler"):
+        config["scheduler"] = case["scheduler"]
     if case.get("warmup"):
         config["scheduler"] = {
             "type": "WarmupLR",
@@ -107,6 +111,9 @@ def engine_for(case: dict[str, Any], size: int) -> Any:
     with context:
         model = make_model(DTYPES[dtype]) if not case.get("init") else make_partitioned(DTYPES[dtype])
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if case.get("thaw"):  # frozen when DeepSpeed lays out its partitions, but in its list; thawed before the first step
+        model.norm.weight.requires_grad_(False)
+        parameters = list(model.parameters())
     if case.get("groups"):
         parameters = [{**g, "params": [p for _, p in g["params"]]} for g in grouped(model, True)]
     return deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
@@ -162,6 +169,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     micro = case.get("micro", 2)
     size = case.get("size", 12 * micro)
     engine = engine_for(case, size)
+    if case.get("thaw"):
+        engine.module.norm.weight.requires_grad_(True)
     counter = Counter()
     counter.watch(engine)
     rates = []
@@ -233,14 +242,17 @@ def resume(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def fault(case: dict[str, Any]) -> dict[str, Any]:
-    """One rank's partition does not hold what the parameters say: every rank must say so, and nothing change."""
+    """One rank's partition or state does not fit: every rank must say so, and nothing change."""
     engine = engine_for(case, 12 * case.get("micro", 2))
     stage3 = case["stage"] == 3
     flats = (
         engine.optimizer.fp32_partitioned_groups_flat if stage3 else engine.optimizer.single_partition_of_fp32_groups
     )
     if dist.get_rank() == 1:
-        flats[0].data[3] += 1
+        if case["fault"] == "partition":
+            flats[0].data[3] += 1
+        else:  # as a damaged checkpoint leaves it
+            engine.optimizer.optimizer.state[flats[0]] = {"step": torch.ones(()), "momentum": torch.zeros(5)}
     before = [flat.detach().clone() for flat in flats]
     try:
         train_steps(engine, case, range(1))

@@ -130,7 +130,10 @@ BAD: dict[str, tuple[dict[str, Callable[[Any], Any]], str]] = {
         r"param\[0\] 'a': expected .*float32, got float64",
     ),
     "param strides": ({"param": second(gaps)}, r"param\[1\] 'b': expected contiguous float32, got non-contiguous"),
-    "param small": ({"param": second(lambda x: x[:-1])}, r"param\[1\] 'b': expected at least \d+ elements from number \d+ on, got \d+"),
+    "param small": (
+        {"param": second(lambda x: x[:-1])},
+        r"param\[1\] 'b': expected at least \d+ elements from number \d+ on, got \d+",
+    ),
     "param list": ({"param": lambda ts: ts[:1]}, r"param: expected 2 tensors, got 1"),
     "grad dtype": (
         {"grad": second(lambda x: x.bfloat16())},

@@ -324,3 +324,18 @@ def test_state_for_the_unused_too() -> None:
     optimizer.step()
     assert set(optimizer.state[unused]) == set(optimizer.state[used])
     assert optimizer.state[unused]["step"] == 0
+
+
+@fused_or_not
+def test_half_subnormals_survive_flushing(fused: bool | None) -> None:
+    """Some programs tell the processor to flush subnormal floats to zero: float16's are not subnormal in float32."""
+    values = torch.tensor([3e-5, -6e-8, 6.0e-5, 1.0], dtype=torch.float16)
+    param = values.clone().requires_grad_()
+    param.grad = torch.zeros_like(param)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        Amos([param], lr=0.01, sigma=0.5, fused=fused).step()
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(param.detach(), values)

@@ -142,6 +142,7 @@ def shard(rank: int, ranks: Ranks, kinds: list[str], flat: torch.Tensor) -> tupl
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_simulated_ranks(size: int, kind: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "Pending", FakePending)
+    monkeypatch.setattr(plan, "disagreement", lambda group, fault, size: fault)
     kinds = [kind if kind != "mixed" else KINDS[i % len(KINDS)] for i in range(len(SHAPES))]
     params = [randn(i, *shape, dtype=torch.float64) for i, shape in enumerate(SHAPES)]
     grads = [[randn(100 * t + i, *shape, dtype=torch.float64) for i, shape in enumerate(SHAPES)] for t in range(3)]
