@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,13 +13,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import rules as module_rules
 from . import settings
-from .plan import Member, Plan, compute_dtype, state_sizes
+from .plan import Member, Plan
 from .reference import effective_moments, matrix_view
 from .sharding import Layout, Original, layout_of, refuse_unknown
 from .sharding.zero import original_shape
+from .state import State, compute_dtype, put_back, refuse_foreign, refuse_shapes, state_sizes, whole_shapes
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-FLOAT_STATE = ("row_moment", "column_moment", "moment", "decay")
 
 
 @dataclass
@@ -366,18 +365,9 @@ class Amos(Optimizer):
         whole = self._originals[layout.pieces[0].key] if len(layout.pieces) == 1 else None
         if whole is None or whole.shape != tuple(tensor.shape) or not whole.numel:
             return {key: (size,) for key, size in state_sizes(layout.pieces, self._kinds).items() if size}
-        kind, shape = self._kinds[whole.key], whole.shape
-        row_dims = (
-            self._overrides[whole.key].get("row_dims", self.param_groups[whole.group]["row_dims"]) if shape else 0
+        return whole_shapes(
+            self._kinds[whole.key], whole.shape, self._setting(whole, self._views[whole.group], "row_dims")
         )
-        rows = shape[:row_dims] + (1,) * (len(shape) - row_dims)
-        columns = (1,) * row_dims + shape[row_dims:]
-        if kind in ("scalar", "full"):
-            moment = shape if kind == "full" else (1,) * len(shape)
-            return {"moment": moment, "decay": moment}
-        if kind == "column":
-            return {"column_moment": columns, "decay": columns}
-        return {"row_moment": rows, "decay": rows} | ({"column_moment": columns} if kind == "factored" else {})
 
     def _make_state(self, member: Member) -> str:
         """State for every parameter that is trained, gradient or not: checkpoints of unused ones must be complete.
@@ -426,34 +416,20 @@ class Amos(Optimizer):
             self._refuse_state_dict(final)
             arrived.append(final)
 
-        def put_back(_: Optimizer) -> None:
-            self._put_back(arrived[0])
+        def mend(_: Optimizer) -> None:
+            put_back(arrived[0], self.param_groups, self.state)
+            for cache in (self._plans, self._checked, self._constants):
+                cache.clear()
 
         handles = (
             self.register_load_state_dict_pre_hook(refuse),
-            self.register_load_state_dict_post_hook(put_back, prepend=True),
+            self.register_load_state_dict_post_hook(mend, prepend=True),
         )
         try:
             super().load_state_dict(state_dict)
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _put_back(self, state_dict: dict[str, Any]) -> None:
-        """torch casts float state to the parameter's dtype: puts back what was written."""
-        saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        mine = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-        for number, tensor in zip(saved, mine, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                if key in FLOAT_STATE:
-                    self.state[tensor][key] = value.detach().to(tensor.device, compute_dtype(tensor), copy=True)
-                elif key == "momentum":
-                    self.state[tensor][key] = value.detach().to(tensor.device, copy=True)
-                elif key == "step":
-                    self.state[tensor][key] = torch.as_tensor(value, dtype=torch.float32).detach().cpu().clone()
-        self._plans.clear()
-        self._checked.clear()
-        self._constants.clear()
 
     def _refuse_state_dict(self, state_dict: dict[str, Any]) -> None:
         for key in ("state", "param_groups"):
@@ -471,7 +447,7 @@ class Amos(Optimizer):
                     f"{len(group['params'])}. Load it into the model that it was written with."
                 )
             for place, (number, tensor) in enumerate(zip(saved["params"], group["params"], strict=True)):
-                self._refuse_state(state_dict["state"].get(number, {}), tensor, place, group)
+                self._refuse_state(state_dict["state"].get(number, {}), tensor, place)
             if "amos_group" not in saved or "measured_sigma" not in saved:
                 raise ValueError(
                     "the state_dict is not of Amos: a parameter group has no 'amos_group'. "
@@ -488,41 +464,14 @@ class Amos(Optimizer):
                         "Build the optimizer with the `sigma` and the rules that the checkpoint was written with."
                     )
 
-    def _refuse_state(self, state: dict[str, Any], tensor: Tensor, place: int, group: dict[str, Any]) -> None:
+    def _refuse_state(self, state: State, tensor: Tensor, place: int) -> None:
         if not state:
             return
         original = next((o for o in self._originals if o.param is tensor), None)
         name = original.name if original else f"the tensor at place {place}"
-        foreign = sorted(set(state) - {"step", "momentum", *FLOAT_STATE})
-        if foreign or "step" not in state:
-            raise ValueError(
-                f"the state of {name!r} is not of Amos: it has {', '.join(map(repr, sorted(state)))}. "
-                "To start with a fresh optimizer on these weights, load the model only."
-            )
-        for key, value in state.items():
-            if not isinstance(value, Tensor) and key != "step":
-                raise ValueError(
-                    f"the state {key!r} of {name!r} is no tensor but {value!r}. Load what Amos.state_dict() returned."
-                )
-        if not 0 <= float(state["step"]) < math.inf:
-            raise ValueError(
-                f"the state 'step' of {name!r} is {float(state['step'])}. The file is damaged: use another."
-            )
-        if original is None:
-            return  # a flat partition: its state is checked when its layout is known, at the next step
-        expected = self._state_shapes(tensor, Layout([original.whole()]))
-        for key in FLOAT_STATE:
-            has = tuple(state[key].shape) if key in state else None
-            if has != expected.get(key):
-                raise ValueError(
-                    f"the state {key!r} of {name!r} has shape {has}, expected {expected.get(key)}. "
-                    "Load it into the model and with the `moments` that it was written with."
-                )
-        if "momentum" in state and tuple(state["momentum"].shape) != tuple(tensor.shape):
-            raise ValueError(
-                f"the state 'momentum' of {name!r} has shape {tuple(state['momentum'].shape)}, expected "
-                f"{tuple(tensor.shape)}. Load it into the model that it was written with."
-            )
+        refuse_foreign(state, name)
+        if original is not None:  # a partition's state is checked when its layout is known, at the next step
+            refuse_shapes(state, name, original.shape, self._state_shapes(tensor, Layout([original.whole()])))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_originals", "_overrides", "_kinds", "_views", "_rules")

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .sharding import Layout, Pending, Piece, cut_rows, disagreement
+from .sharding import Layout, Pending, cut_rows, disagreement
+from .state import State, compute_dtype, has_columns, has_rows, state_sizes
 
 CODES = {"row": 0, "scalar": 0, "full": 0, "column": 1, "factored": 2}  # csrc/block.h: enum Moments
 BLOCK_FIELDS = 14  # csrc/ops.cpp
 HYPER_FIELDS = 11  # csrc/block.h: struct Hyper
 
-State = dict[str, Any]
 Numbers = Callable[[int, dict[str, Any], int], list[float]]
 
 
@@ -35,31 +35,6 @@ class Member:
     momentum_dtype: torch.dtype | None  # None: without momentum
     fused: bool | None
     fault: str = ""  # why it cannot be stepped; every rank of its process group learns of it before anything changes
-
-
-def has_rows(kind: str) -> bool:
-    return kind != "column"
-
-
-def has_columns(kind: str) -> bool:
-    return kind in ("column", "factored")
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def state_sizes(pieces: list[Piece], kinds: dict[int, str]) -> dict[str, int]:
-    """Entries of row_moment, column_moment and decay that a tensor made of `pieces` needs. kinds: moments by key."""
-    sizes = {"row_moment": 0, "column_moment": 0, "decay": 0}
-    for piece in pieces:
-        kind = kinds[piece.key]
-        rows = piece.touched_rows if has_rows(kind) else 0
-        columns = piece.cols if has_columns(kind) and piece.length else 0
-        sizes["row_moment"] += rows
-        sizes["column_moment"] += columns
-        sizes["decay"] += rows if has_rows(kind) else columns
-    return sizes
 
 
 class _Space:

@@ -75,13 +75,23 @@ def column_profile(column_moment: Tensor) -> Tensor:
     return torch.where(average == 0, torch.ones_like(column_moment), column_moment / average)
 
 
+def _measured(param: Tensor, row_dims: int, sigma: str) -> float:
+    """sigma="auto": the root mean square of the entries; 0.5 for 0-d and 1-d, sqrt(1 / fan_in) for zeros."""
+    if sigma != "auto":
+        raise ValueError(f"sigma={sigma!r} is not known here. Give a number or 'auto'.")
+    if param.dim() < 2:
+        return 0.5
+    scale = param.detach().double().square().mean().sqrt().item()
+    return scale or math.prod(param.shape[row_dims:]) ** -0.5
+
+
 def amos_step(
     param: Tensor,
     grad: Tensor,
     state: dict[str, Any],
     *,
     lr: float,
-    sigma: float,
+    sigma: float | str = "auto",
     beta: float = 0.999,
     momentum: float = 0.0,
     moments: str = "factored",
@@ -93,6 +103,9 @@ def amos_step(
     eps: float = 2**-125,
     momentum_dtype: torch.dtype | None = None,
     maximize: bool = False,
+    foreach: bool | None = None,
+    fused: bool | None = None,
+    capturable: bool = False,
 ) -> Tensor:
     """Changes `param` and `state` in place by one step, and returns `param`.
 
@@ -100,9 +113,13 @@ def amos_step(
         param, grad: tensors of one shape, 0-d and up; float64 is computed in float64, all else in float32.
         state: empty before the first step; then `step` (int), `decay`, `momentum`, and `row_moment` and `column_moment`
             ("factored"), or `row_moment`, `column_moment`, `moment` ("scalar", "full"): keepdim shapes, compute dtype.
-        lr: the paper's xi at this step. sigma: the paper's eta, the scale at which the entries settle.
+        lr: the paper's xi at this step.
+        sigma: the paper's eta, the scale at which the entries settle; "auto": measured at the first step, kept in `state`.
         clip_value: element-wise, before anything else. extra_l2: inside the d factor.
+        foreach, fused, capturable: say how class Amos computes; nothing here.
     """
+    if isinstance(sigma, str):
+        sigma = float(state.setdefault("sigma", _measured(param, row_dims, sigma)))
     kind = effective_moments(param.shape, moments, row_dims)
     compute = torch.float64 if param.dtype == torch.float64 else torch.float32
     theta, g = param.detach().to(compute), grad.detach().to(compute)

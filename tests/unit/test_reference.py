@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import amos_dist
 from amos_dist.reference import amos_step, effective_moments, matrix_view
 
 from ..conftest import TOLERANCES, relative_error
@@ -178,3 +179,14 @@ def test_bad_row_dims(moments: str, shape: tuple[int, ...], row_dims: int) -> No
 def test_row_dims_does_not_matter_where_there_are_no_rows() -> None:
     for shape, moments in [((3,), "factored"), ((), "row"), ((2, 3), "scalar"), ((2, 3), "full")]:
         assert effective_moments(shape, moments, row_dims=2) in ("scalar", "full")
+
+
+def test_sigma_auto_is_measured_once_as_the_optimizer_does() -> None:
+    for value in (torch.randn(4, 6), torch.zeros(4, 6), torch.randn(5)):
+        param, state = value.clone().requires_grad_(), {}
+        optimizer, expected = amos_dist.Amos([param], lr=0.1), value.clone()
+        for _ in range(2):
+            param.grad = torch.randn_like(value)
+            optimizer.step()
+            amos_step(expected, param.grad, state, lr=0.1)
+        assert torch.allclose(param.detach(), expected, rtol=2e-6)

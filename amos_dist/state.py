@@ -1,0 +1,102 @@
+"""What the state of a tensor is made of, and whether a loaded one fits."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sharding import Piece
+
+State = dict[str, Any]
+FLOAT_STATE = ("row_moment", "column_moment", "moment", "decay")
+
+
+def has_rows(kind: str) -> bool:
+    return kind != "column"
+
+
+def has_columns(kind: str) -> bool:
+    return kind in ("column", "factored")
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def state_sizes(pieces: list[Piece], kinds: dict[int, str]) -> dict[str, int]:
+    """Entries of row_moment, column_moment and decay that a tensor made of `pieces` needs. kinds: moments by key."""
+    sizes = {"row_moment": 0, "column_moment": 0, "decay": 0}
+    for piece in pieces:
+        kind = kinds[piece.key]
+        rows = piece.touched_rows if has_rows(kind) else 0
+        columns = piece.cols if has_columns(kind) and piece.length else 0
+        sizes["row_moment"] += rows
+        sizes["column_moment"] += columns
+        sizes["decay"] += rows if has_rows(kind) else columns
+    return sizes
+
+
+def whole_shapes(kind: str, shape: tuple[int, ...], row_dims: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a whole parameter's float state: those of a mean with keepdim."""
+    if kind in ("scalar", "full"):
+        moment = shape if kind == "full" else (1,) * len(shape)
+        return {"moment": moment, "decay": moment}
+    rows, columns = shape[:row_dims] + (1,) * (len(shape) - row_dims), (1,) * row_dims + shape[row_dims:]
+    if kind == "column":
+        return {"column_moment": columns, "decay": columns}
+    return {"row_moment": rows, "decay": rows} | ({"column_moment": columns} if kind == "factored" else {})
+
+
+def refuse_foreign(state: State, name: str) -> None:
+    """Raises:
+    ValueError: `state`, as loaded, is no state of Amos.
+    """
+    foreign = sorted(set(state) - {"step", "momentum", *FLOAT_STATE})
+    if foreign or "step" not in state:
+        raise ValueError(
+            f"the state of {name!r} is not of Amos: it has {', '.join(map(repr, sorted(state)))}. "
+            "To start with a fresh optimizer on these weights, load the model only."
+        )
+    for key, value in state.items():
+        if not isinstance(value, Tensor) and key != "step":
+            raise ValueError(
+                f"the state {key!r} of {name!r} is no tensor but {value!r}. Load what Amos.state_dict() returned."
+            )
+    if not 0 <= float(state["step"]) < math.inf:
+        raise ValueError(f"the state 'step' of {name!r} is {float(state['step'])}. The file is damaged: use another.")
+
+
+def refuse_shapes(state: State, name: str, shape: tuple[int, ...], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raises:
+    ValueError: `state` does not fit a parameter of that shape whose float state has the shapes `expected`.
+    """
+    for key in FLOAT_STATE:
+        has = tuple(state[key].shape) if key in state else None
+        if has != expected.get(key):
+            raise ValueError(
+                f"the state {key!r} of {name!r} has shape {has}, expected {expected.get(key)}. "
+                "Load it into the model and with the `moments` that it was written with."
+            )
+    if "momentum" in state and tuple(state["momentum"].shape) != shape:
+        raise ValueError(
+            f"the state 'momentum' of {name!r} has shape {tuple(state['momentum'].shape)}, expected {shape}. "
+            "Load it into the model that it was written with."
+        )
+
+
+def put_back(state_dict: dict[str, Any], groups: list[dict[str, Any]], states: dict[Tensor, State]) -> None:
+    """torch casts loaded float state to the parameter's dtype: puts back what was written, in the compute dtype."""
+    saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    mine = itertools.chain.from_iterable(group["params"] for group in groups)
+    for number, tensor in zip(saved, mine, strict=True):
+        for key, value in state_dict["state"].get(number, {}).items():
+            if key in FLOAT_STATE:
+                states[tensor][key] = value.detach().to(tensor.device, compute_dtype(tensor), copy=True)
+            elif key == "momentum":
+                states[tensor][key] = value.detach().to(tensor.device, copy=True)
+            elif key == "step":
+                states[tensor][key] = torch.as_tensor(value, dtype=torch.float32).detach().cpu().clone()
