@@ -114,7 +114,7 @@ def amos_step(
         state: empty before the first step; then `step` (int), `decay`, `momentum`, and `row_moment` and `column_moment`
             ("factored"), or `row_moment`, `column_moment`, `moment` ("scalar", "full"): keepdim shapes, compute dtype.
         lr: the paper's xi at this step.
-        sigma: the paper's eta, the scale at which the entries settle; "auto": measured at the first step, kept in `state`.
+        sigma: the paper's eta, the scale where entries settle; "auto": measured at the first step, kept in `state`.
         clip_value: element-wise, before anything else. extra_l2: inside the d factor.
         foreach, fused, capturable: say how class Amos computes; nothing here.
     """

@@ -182,11 +182,13 @@ def test_row_dims_does_not_matter_where_there_are_no_rows() -> None:
 
 
 def test_sigma_auto_is_measured_once_as_the_optimizer_does() -> None:
+    torch.manual_seed(0)
     for value in (torch.randn(4, 6), torch.zeros(4, 6), torch.randn(5)):
-        param, state = value.clone().requires_grad_(), {}
+        state: dict[str, Any] = {}
+        param = value.clone().requires_grad_()
         optimizer, expected = amos_dist.Amos([param], lr=0.1), value.clone()
         for _ in range(2):
             param.grad = torch.randn_like(value)
             optimizer.step()
             amos_step(expected, param.grad, state, lr=0.1)
-        assert torch.allclose(param.detach(), expected, rtol=2e-6)
+        assert relative_error(param.detach(), expected) <= TOLERANCES[torch.float32].param
