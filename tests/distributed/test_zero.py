@@ -88,11 +88,12 @@ RESUMES = [
     for name, dtype, groups in (("resume", "fp32", False), ("resume", "bf16", False), ("resume groups", "fp32", True))
 ]
 FAULTS = [case(f"{what} fault", stage, do="fault", fault=what) for stage in (2, 3) for what in ("partition", "state")]
+SECONDS = [case("second engine", stage, "bf16", do="second") for stage in (0, 1)]
 
 
 @functools.cache
 def results(ranks: int) -> list[dict[str, Any]]:
-    cases = TRAINING[ranks] + (RESUMES + FAULTS if ranks == 2 else [])
+    cases = TRAINING[ranks] + (RESUMES + FAULTS + SECONDS if ranks == 2 else [])
     return [{each["name"]: each for each in rank} for rank in run_ranks(WORKER, ranks, cases, timeout=420)]
 
 
@@ -168,6 +169,13 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_every_rank(wanted: dict[str, A
     assert wrong in second["text"]
     assert first["unchanged"]
     assert second["unchanged"]
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize("wanted", SECONDS, ids=lambda c: c["name"])
+def test_a_second_engine_on_the_same_model(wanted: dict[str, Any]) -> None:
+    for rank in results(2):
+        assert rank[wanted["name"]]["steps"] == [3]
 
 
 REFUSED = {

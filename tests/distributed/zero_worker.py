@@ -1,6 +1,6 @@
 """Trains a small model under DeepSpeed for each case, and the same in plain torch, and reports the difference.
 
-A case: {"name", "do": "train" | "refuse" | "resume" | "fault", "stage", "dtype", "params": Amos's keywords,
+A case: {"name", "do": "train" | "refuse" | "resume" | "fault" | "second", "stage", "dtype", "params": Amos's keywords,
 "zero": more of zero_optimization, "config": more of the JSON, "groups": two parameter groups, "init": zero.Init,
 "warmup": steps, "micro": batch of one pass, "steps"}.
 """
@@ -79,7 +79,7 @@ def plain(case: dict[str, Any], size: int, rates: list[list[float]]) -> dict[str
     return {name: p.detach().float() for name, p in model.named_parameters()}
 
 
-def engine_for(case: dict[str, Any], size: int) -> Any:
+def engine_for(case: dict[str, Any], size: int, model: Any = None) -> Any:
     dtype = case["dtype"]
     config = {
         "train_batch_size": size,
@@ -109,7 +109,8 @@ def engine_for(case: dict[str, Any], size: int) -> Any:
     if case.get("init"):
         context = deepspeed.zero.Init(config_dict_or_path=config, dtype=DTYPES[dtype])
     with context:
-        model = make_model(DTYPES[dtype]) if not case.get("init") else make_partitioned(DTYPES[dtype])
+        if model is None:
+            model = make_model(DTYPES[dtype]) if not case.get("init") else make_partitioned(DTYPES[dtype])
     parameters = [p for p in model.parameters() if p.requires_grad]
     if case.get("thaw"):  # frozen when DeepSpeed lays out its partitions, but in its list; thawed before the first step
         model.norm.weight.requires_grad_(False)
@@ -263,12 +264,24 @@ def fault(case: dict[str, Any]) -> dict[str, Any]:
     return {"name": case["name"], "text": text, "unchanged": same}
 
 
+def second(case: dict[str, Any]) -> dict[str, Any]:
+    """An engine of another stage on the model of an earlier one: what that left on the parameters is stale."""
+    size = 12 * case.get("micro", 2)
+    first = engine_for({**case, "stage": 2}, size)
+    train_steps(first, case, range(1))
+    model = first.module
+    first.destroy()
+    engine = engine_for(case, size, model)
+    train_steps(engine, case, range(1, 4))
+    return {"name": case["name"], "steps": sorted({int(s["step"]) for s in engine.basic_optimizer.state.values()})}
+
+
 if __name__ == "__main__":
     deepspeed.init_distributed("gloo", verbose=False)
     START = {
         dtype: {n: p.detach().clone() for n, p in make_model(dtype).named_parameters()} for dtype in DTYPES.values()
     }
-    do = {"train": run, "refuse": refuse, "resume": resume, "fault": fault}
+    do = {"train": run, "refuse": refuse, "resume": resume, "fault": fault, "second": second}
     report([do[case.get("do", "train")](case) for case in received()])
     dist.barrier()
     dist.destroy_process_group()
