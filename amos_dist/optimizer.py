@@ -227,10 +227,10 @@ class Amos(Optimizer):
 
     def _constants_of(self, key: int, group: dict[str, Any]) -> tuple[float, list[float]]:
         """What does not change from step to step: the factor of lr, and the numbers but lr and 1 - beta^t."""
-        original, override = self._originals[key], self._overrides[key]
+        original = self._originals[key]
 
         def setting(keyword: str) -> Any:
-            return override.get(keyword, group[keyword])
+            return self._setting(original, group, keyword)
 
         sigma, clip = setting("sigma"), setting("clip_value")
         if sigma == "auto":
@@ -240,7 +240,7 @@ class Amos(Optimizer):
                 f"sigma={setting('sigma')!r} of {original.name!r} was set after the optimizer was built, which has "
                 "measured none. Give a number, or build a new optimizer."
             )
-        return override.get("lr_factor", 1.0), [
+        return self._overrides[key].get("lr_factor", 1.0), [
             math.nan,
             float(sigma),
             float(setting("beta")),

@@ -75,6 +75,13 @@ class _Launch:
     members: list[Member] = field(default_factory=list)
     local: _Blocks = field(default_factory=_Blocks)  # of parameters that are whole here
     shared: _Blocks = field(default_factory=_Blocks)  # of parameters that are cut
+    names: str = ""  # one line for each tensor, for messages
+
+    def freeze(self) -> None:
+        """All members are there: makes what every step uses."""
+        self.local.freeze()
+        self.shared.freeze()
+        self.names = "\n".join(member.name for member in self.members)
 
 
 class _Bucket:
@@ -96,8 +103,7 @@ class _Bucket:
             launch = self.launches.setdefault(kind, _Launch())
             self._add(launch, member)
         for launch in self.launches.values():
-            launch.local.freeze()
-            launch.shared.freeze()
+            launch.freeze()
         self.shared_work = self._shared.tensor(dtype, device)
         self.local_work = self._local.tensor(dtype, device)
 
@@ -223,7 +229,6 @@ class _Call:
     def __init__(self, bucket: _Bucket, launch: _Launch, plan: Plan, states: dict[Tensor, State]) -> None:
         self.bucket, self.launch = bucket, launch
         self.ops = ops.backend(bucket.device, launch.members[0].fused)
-        self.names = "\n".join(member.name for member in launch.members)
         empty = torch.empty(0, dtype=bucket.dtype, device=bucket.device)
         self.states = [states[member.tensor] for member in launch.members]
         self.present = [member.tensor.grad is not None for member in launch.members]
@@ -264,20 +269,20 @@ class _Call:
 
     def sums(self) -> None:
         if len(self.shared[0]):
-            self.ops.sums_(self.grads, self.bucket.shared_work, *self.shared, self.names)
+            self.ops.sums_(self.grads, self.bucket.shared_work, *self.shared, self.launch.names)
 
     def step(self) -> None:
         if len(self.local[0]):
             state = (self.rows, self.columns, self.decay)
             self.ops.step_(
-                self.dense, self.grads, self.momentum, *state, self.bucket.local_work, *self.local, self.names
+                self.dense, self.grads, self.momentum, *state, self.bucket.local_work, *self.local, self.launch.names
             )
 
     def slots_and_update(self) -> None:
         if len(self.shared[0]):
             work = self.bucket.shared_work
-            self.ops.slots_(self.rows, self.columns, self.decay, work, *self.shared, self.names)
-            self.ops.update_(self.dense, self.grads, self.momentum, work, *self.shared, self.names)
+            self.ops.slots_(self.rows, self.columns, self.decay, work, *self.shared, self.launch.names)
+            self.ops.update_(self.dense, self.grads, self.momentum, work, *self.shared, self.launch.names)
 
     def count(self) -> None:
         """Steps taken; parameters that were not contiguous; versions for autograd."""

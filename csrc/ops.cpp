@@ -95,11 +95,19 @@ struct Call {
   Tensor device_tensor;
 };
 
-// All entries of one list: as many as there are tensors, contiguous, of one dtype.
-void check_list(const Tensors* list, const char* name, size_t count, ScalarType type, const std::string& names) {
+// As many entries as there are tensors, all on one device. First of all checks: the others look at the first entry.
+void check_size_and_device(const Tensors* list, const char* name, size_t count, const Tensor& work,
+                           const std::string& names) {
   if (!list) return;
   STD_TORCH_CHECK(list->size() == count, name, ": expected ", count, " tensors, got ", list->size());
-  for (size_t i = 0; i < count; ++i) expect((*list)[i], type, name, int64_t(i), names);
+  for (size_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK((*list)[i].device() == work.device(), called(name, int64_t(i), names),
+                    ": expected it on the device of the workspace");
+}
+
+// All entries of one list contiguous and of one dtype.
+void check_types(const Tensors* list, const char* name, ScalarType type, const std::string& names) {
+  for (size_t i = 0; list && i < list->size(); ++i) expect((*list)[i], type, name, int64_t(i), names);
 }
 
 char* at(const Tensors* list, int64_t index, int64_t offset, int64_t count, const char* name,
@@ -128,16 +136,13 @@ Call read(const Lists& lists, const Tensor& work, const Tensor& blocks, const Te
                   "work: expected a contiguous tensor of shape [3, n]");
   if (count == 0 || blocks.size(0) == 0) return call;
 
-  for (const Tensors* list :
-       {lists.param, lists.grad, lists.momentum, lists.row_moment, lists.column_moment, lists.decay})
-    for (size_t i = 0; list && i < list->size(); ++i)
-      STD_TORCH_CHECK((*list)[i].device() == work.device(), called("tensor", int64_t(i), names),
-                      ": expected it on the device of the workspace");
-  const Tensors* all[] = {lists.param, lists.grad, lists.row_moment, lists.column_moment, lists.decay};
-  const char* list_names[] = {"param", "grad", "row_moment", "column_moment", "decay"};
-  for (int i = 0; i < 5; ++i)
-    STD_TORCH_CHECK(!all[i] || all[i]->size() == count, list_names[i], ": expected ", count, " tensors, got ",
-                    all[i] ? all[i]->size() : 0);
+  const bool has_momentum = lists.momentum && !lists.momentum->empty();
+  check_size_and_device(lists.param, "param", count, work, names);
+  check_size_and_device(lists.grad, "grad", count, work, names);
+  check_size_and_device(has_momentum ? lists.momentum : nullptr, "momentum", count, work, names);
+  check_size_and_device(lists.row_moment, "row_moment", count, work, names);
+  check_size_and_device(lists.column_moment, "column_moment", count, work, names);
+  check_size_and_device(lists.decay, "decay", count, work, names);
   const ScalarType compute = work.scalar_type();
   STD_TORCH_CHECK(compute == ScalarType::Float || compute == ScalarType::Double,
                   "work: expected float32 or float64, got ", type_name(compute));
@@ -146,7 +151,7 @@ Call read(const Lists& lists, const Tensor& work, const Tensor& blocks, const Te
     call.types.param = dtype_of((*lists.param)[0], "param", 0, names);
     STD_TORCH_CHECK(compute_type(type) == compute, called("param", 0, names), ": expected a dtype that is computed in ",
                     type_name(compute), ", got ", type_name(type));
-    check_list(lists.param, "param", count, type, names);
+    check_types(lists.param, "param", type, names);
   } else {
     call.types.param = compute == ScalarType::Double ? Dtype::f64 : Dtype::f32;
   }
@@ -158,22 +163,22 @@ Call read(const Lists& lists, const Tensor& work, const Tensor& blocks, const Te
     STD_TORCH_CHECK(same || low, called("grad", 0, names),
                     ": expected the parameter's dtype (float32 parameters also take bfloat16 and float16), got ",
                     type_name(type));
-    check_list(lists.grad, "grad", count, type, names);
+    check_types(lists.grad, "grad", type, names);
   } else {
     call.types.grad = call.types.param;
   }
   call.types.momentum = compute == ScalarType::Double ? Dtype::f64 : Dtype::f32;
-  if (lists.momentum && !lists.momentum->empty()) {
+  if (has_momentum) {
     const ScalarType type = (*lists.momentum)[0].scalar_type();
     call.types.momentum = dtype_of((*lists.momentum)[0], "momentum", 0, names);
     STD_TORCH_CHECK(type == compute || (type == ScalarType::BFloat16 && compute == ScalarType::Float),
                     called("momentum", 0, names), ": expected ", type_name(compute),
                     " or, with float32, bfloat16, got ", type_name(type));
-    check_list(lists.momentum, "momentum", count, type, names);
+    check_types(lists.momentum, "momentum", type, names);
   }
-  check_list(lists.row_moment, "row_moment", count, compute, names);
-  check_list(lists.column_moment, "column_moment", count, compute, names);
-  check_list(lists.decay, "decay", count, compute, names);
+  check_types(lists.row_moment, "row_moment", compute, names);
+  check_types(lists.column_moment, "column_moment", compute, names);
+  check_types(lists.decay, "decay", compute, names);
 
   call.work = {work.data_ptr(), work.size(1)};
   const auto* f = static_cast<const int64_t*>(blocks.data_ptr());

@@ -1,4 +1,4 @@
-"""What an optimizer costs on one rank: its step's time, the memory its step adds, and the state it keeps."""
+"""What an optimizer's step costs on one rank: its time, and the memory that it adds."""
 
 import time
 from collections.abc import Iterator
@@ -7,25 +7,6 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of storage that the optimizer's state holds on this rank; shared storage counts once."""
-    storages: dict[int, int] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, dict):
-            for inner in value.values():
-                visit(inner)
-        elif isinstance(value, (list, tuple)):
-            for inner in value:
-                visit(inner)
-
-    visit(dict(optimizer.state))
-    return sum(storages.values())
 
 
 class StepTimes:

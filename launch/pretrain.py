@@ -21,12 +21,13 @@ import amos_dist  # noqa: F401  "type": "Amos" in a DeepSpeed JSON
 import deepspeed
 import deepspeed.comm as dist
 import torch
+from amos_dist.bench import state_bytes
 from tqdm import tqdm
 
 import checkpoints
 import data
 import report
-from measure import StepMemory, StepTimes, state_bytes
+from measure import StepMemory, StepTimes
 from model import GPT, SIZES
 from ranks import AgreedError, agree, largest, mean, start
 

@@ -73,6 +73,37 @@ def run_ranks(worker: str | Path, ranks: int, arguments: Any, timeout: float = 2
         return [json.loads(Path(folder, f"result{rank}.json").read_text()) for rank in range(ranks)]
 
 
+def launch(
+    *command: str | int | Path, ranks: int, folder: Path | None = None, limit: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script on `ranks` ranks, in `folder`: under DeepSpeed's launcher, or plainly for one; all processes end.
+
+    A rank that is still running after `limit` seconds is an AssertionError with the output.
+    """
+    words = [sys.executable]
+    if ranks > 1:
+        options = ["--quiet", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+        words += ["-m", "deepspeed.launcher.runner", *options]
+    words += map(str, command)
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    process = subprocess.Popen(
+        words,
+        cwd=folder,
+        env=inherited | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"no end after {limit} s:\n{output[-3000:]}") from None
+    return subprocess.CompletedProcess(words, process.returncode, output, "")
+
+
 def received() -> Any:
     """In a worker: the arguments."""
     return json.loads(Path(os.environ["AMOS_TEST_FOLDER"], "arguments.json").read_text())

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from test_pretrain import LAUNCH, launch
+
+from tests.distributed.harness import ROOT, launch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -49,7 +50,7 @@ if engine.global_rank == 0:
 def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "train.py").write_text(SCRIPT)
-    done = launch(tmp_path / "train.py", "--config", LAUNCH / "huggingface.json", "--out", tmp_path, ranks=2)
+    done = launch(tmp_path / "train.py", "--config", ROOT / "launch" / "huggingface.json", "--out", tmp_path, ranks=2)
     assert done.returncode == 0, done.stdout
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["ranks"], result["stage"]) == (2, 2)

@@ -2,51 +2,18 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.distributed.harness import launch
+
 pytest.importorskip("deepspeed")
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-LIMIT = 240  # seconds: a rank that waits for ever fails the test, it does not stop the tests
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launch(*command: str | int | Path, ranks: int) -> subprocess.CompletedProcess[str]:
-    """Run a script on `ranks` ranks: under DeepSpeed's launcher, or plainly for one; all processes end."""
-    words = [sys.executable]
-    if ranks > 1:
-        options = ["--quiet", "--num_gpus", str(ranks), "--master_port", str(free_port())]
-        words += ["-m", "deepspeed.launcher.runner", *options]
-    words += map(str, command)
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    process = subprocess.Popen(
-        words,
-        env=inherited | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"no end after {LIMIT} s:\n{output[-3000:]}")
-    return subprocess.CompletedProcess(words, process.returncode, output, "")
 
 
 def pretrain(*arguments: str | int | Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:

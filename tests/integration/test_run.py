@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.distributed.harness import free_port
+from tests.distributed.harness import launch
+
+MODULE = ("--module", "amos_dist.run")
 
 SCRIPT = """
 import argparse
@@ -29,32 +27,10 @@ print("trained with", type(engine.basic_optimizer).__name__, arguments.word, bes
 """
 
 
-def launch(folder: Path, *arguments: str, module: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
-    command += ["--module", "amos_dist.run"] if module else []
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = str(Path(sys.executable).parent) + os.pathsep + environment["PATH"]
-    process = subprocess.Popen(
-        [*command, *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return subprocess.CompletedProcess(command, process.returncode, output)
-
-
 def test_trains_without_an_import(tmp_path: Path) -> None:
     tmp_path.joinpath("train.py").write_text(SCRIPT)
     tmp_path.joinpath("beside.py").write_text("ANSWER = 42\n")
-    result = launch(tmp_path, "train.py", "--word", "hello")
+    result = launch(*MODULE, "train.py", "--word", "hello", ranks=2, folder=tmp_path)
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("trained with Amos hello 42 __main__") == 2
 
@@ -63,12 +39,12 @@ def test_the_same_script_alone_is_refused(tmp_path: Path) -> None:
     """So that the test above tests something: without amos_dist, DeepSpeed does not know the name."""
     tmp_path.joinpath("train.py").write_text(SCRIPT)
     tmp_path.joinpath("beside.py").write_text("ANSWER = 42\n")
-    result = launch(tmp_path, "train.py", module=False)
+    result = launch("train.py", ranks=2, folder=tmp_path)
     assert result.returncode != 0
     assert "trained with" not in result.stdout
 
 
 def test_a_missing_script_is_named(tmp_path: Path) -> None:
-    result = launch(tmp_path, "nowhere.py")
+    result = launch(*MODULE, "nowhere.py", ranks=2, folder=tmp_path)
     assert result.returncode != 0
     assert "there is no script nowhere.py" in result.stdout
