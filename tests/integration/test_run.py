@@ -23,7 +23,7 @@ config["optimizer"] = {"type": "Amos", "params": {"lr": 0.01}}
 engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 engine.backward(engine(torch.randn(2, 7)).square().mean())
 engine.step()
-print("trained with", type(engine.basic_optimizer).__name__, arguments.word, beside.ANSWER, __name__, flush=True)
+print(f"trained with {type(engine.basic_optimizer).__name__} {arguments.word} {beside.ANSWER} {__name__}")  # one write
 """
 
 
