@@ -65,6 +65,7 @@ class Build(BuildExtension):
     """Compiles the .cu files with nvcc itself: CUDAExtension refuses to under a CPU build of torch."""
 
     def build_extensions(self) -> None:
+        self.force = True  # what is up to date in build/ may be of another AMOS_CUDA, AMOS_ARCHS or torch
         if toolkit:
             for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
                 self.extensions[0].extra_objects.append(self.compile_cuda(source, toolkit))

@@ -1,11 +1,19 @@
-"""python -m amos_dist info: what was built, and if something is missing, why."""
+"""python -m amos_dist info: what was built, and if something is missing, why. bench: what a step costs."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
+import sys
+from pathlib import Path
 
+import torch
+
+from . import bench as measuring
+from . import bench_cases as cases
+from . import bench_report as report
 from .ops import build_info
 
 
@@ -25,23 +33,63 @@ def info(as_json: bool) -> None:
     print(f"CUDA kernels  {archs}")
 
 
-def main() -> None:
+def device_named(name: str | None) -> torch.device:
+    """The device that is asked for, or the GPU where there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: there is nothing to measure with there. Use cpu or cuda.")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch {torch.__version__} sees no GPU here. Use --device cpu.")
+    return device
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Measures, prints and writes what was asked for; 1 if an Amos variant could not run."""
+    if arguments.repeat < 1:
+        raise ValueError(f"--repeat {arguments.repeat}: at least one step must be measured. Give 1 or more.")
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib, which is not installed. pip install matplotlib, or leave it away.")
+    if arguments.threads < 1:
+        raise ValueError(f"--threads {arguments.threads}: a step needs a thread. Give 1 or more.")
+    torch.set_num_threads(arguments.threads)
+    device = device_named(arguments.device)
+    peers = cases.peers_named(arguments.against)
+    shapes = cases.shapes_of(arguments.shapes, device.type)
+    result = measuring.run(arguments.shapes, shapes, peers, device, arguments.repeat)
+    machine = report.facts(device)
+    print(f"{report.title(result, machine)}\n\n{report.table(result)}\n\n{report.notes(result)}")
+    if arguments.json:
+        report.write_json(result, machine, arguments.json)
+    if arguments.plot:
+        report.plot(result, machine, arguments.plot)
+    return int(any(variant.name in result.left_out for variant in cases.AMOS))
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m amos_dist", description="The Amos optimizer.")
     commands = parser.add_subparsers(dest="command", required=True)
     shown = commands.add_parser("info", help="what was built, and if something is missing, why")
     shown.add_argument("--json", action="store_true", help="for programs")
-    bench = commands.add_parser("bench", help="CPU or GPU time of one step, beside torch's own optimizers")
-    bench.add_argument("--model", default="gpt2", choices=("gpt2", "tiny"), help="whose shapes")
-    bench.add_argument("--repeat", type=int, default=5)
-    bench.add_argument("--device", default=None, help="cpu or cuda; default: cuda if there is one")
+    timed = commands.add_parser("bench", help="CPU or GPU time of one step, beside other optimizers")
+    add = timed.add_argument
+    add("--device", help="cpu or cuda; default: cuda if there is one")
+    add("--shapes", default="gpt2", help=f"{', '.join(cases.SETS)}, or a file with one shape a line (%(default)s)")
+    add("--against", default="adamw", metavar="NAME,...", help=f"of {', '.join(cases.PEERS)} (%(default)s)")
+    add("--repeat", type=int, default=5, help="measurements of each, of which the median counts (%(default)s)")
+    add("--threads", type=int, default=1, help="of the CPU kernels (%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write all numbers there")
+    add("--plot", type=Path, metavar="FILE", help="draw the ratios there (needs matplotlib)")
     arguments = parser.parse_args()
     if arguments.command == "info":
         info(arguments.json)
-    else:
-        from .bench import main as run_bench
-
-        run_bench(arguments.model, arguments.repeat, arguments.device)
+        return 0
+    try:
+        return bench(arguments)
+    except ValueError as error:  # of the arguments: two sentences say what to change
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import coefficients, column_profile
+from .reference import coefficients, column_profile, stochastic_bfloat16
 
 ROW, COLUMN, FACTORED = 0, 1, 2
 Tensors = list[Tensor]
@@ -31,6 +31,8 @@ class _Block(NamedTuple):
     column_work: int
     column_start: int
     columns: int
+    hyper: int
+    first: int
 
     def of(self, tensors: Tensors) -> Tensor:
         """This block's elements, as a matrix that shares the tensor's memory."""
@@ -52,7 +54,7 @@ class _Hyper(NamedTuple):
     lr: float
     sigma: float
     beta: float
-    bias: float
+    t: float
     momentum: float
     clip: float
     extra_l2: float
@@ -60,6 +62,7 @@ class _Hyper(NamedTuple):
     d_coef: float
     eps: float
     grad_sign: float
+    seed: float
 
     def coefficients(self, G: Tensor, v: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """A and B; moves v and b on."""
@@ -70,7 +73,7 @@ class _Hyper(NamedTuple):
             b,
             lr=self.lr,
             sigma=self.sigma,
-            bias=self.bias,
+            bias=1 - self.beta**self.t,
             extra_l2=self.extra_l2,
             c_coef=self.c_coef,
             d_coef=self.d_coef,
@@ -81,7 +84,14 @@ class _Hyper(NamedTuple):
 
 
 def _rows(blocks: Tensor, hyper: Tensor) -> list[tuple[_Block, _Hyper]]:
-    return [(_Block(*b), _Hyper(*h)) for b, h in zip(blocks.tolist(), hyper.tolist(), strict=True) if b[2] and b[3]]
+    numbers = [_Hyper(*row) for row in hyper.tolist()]
+    return [(block, numbers[block.hyper]) for block in (_Block(*b) for b in blocks.tolist()) if block.rows * block.cols]
+
+
+def _rounded(values: Tensor, block: _Block, h: _Hyper) -> Tensor:
+    rows = torch.arange(block.rows, device=values.device).unsqueeze(1) * block.row_count
+    index = block.first + rows + torch.arange(block.cols, device=values.device)
+    return stochastic_bfloat16(values, index, int(h.seed), int(h.t))
 
 
 def sums_(grad: Tensors, work: Tensor, blocks: Tensor, hyper: Tensor, names: str = "") -> None:
@@ -93,20 +103,12 @@ def sums_(grad: Tensors, work: Tensor, blocks: Tensor, hyper: Tensor, names: str
             work[0, block.column_places()] += square.sum(0)
 
 
-def slots_(
-    row_moment: Tensors,
-    column_moment: Tensors,
-    decay: Tensors,
-    work: Tensor,
-    blocks: Tensor,
-    hyper: Tensor,
-    names: str = "",
-) -> None:
+def slots_(state: Tensor, work: Tensor, blocks: Tensor, hyper: Tensor, names: str = "") -> None:
     for block, h in _rows(blocks, hyper):
         if block.moments != COLUMN:
             places = block.row_places()
-            v = row_moment[block.tensor].view(-1)[block.row_state : block.row_state + block.rows]
-            b = decay[block.tensor].view(-1)[block.decay_state : block.decay_state + block.rows]
+            v = state[block.row_state : block.row_state + block.rows]
+            b = state[block.decay_state : block.decay_state + block.rows]
             work[0, places], work[1, places] = h.coefficients(work[0, places] / block.row_count, v, b)
             if block.moments == FACTORED:
                 # amos_math.h: profile_limit
@@ -114,9 +116,9 @@ def slots_(
         if block.moments != ROW and block.columns:
             places = block.all_columns()
             G = work[0, places] / block.column_count
-            v = column_moment[block.tensor].view(-1)[block.column_state : block.column_state + block.columns]
+            v = state[block.column_state : block.column_state + block.columns]
             if block.moments == COLUMN:
-                b = decay[block.tensor].view(-1)[block.decay_state : block.decay_state + block.columns]
+                b = state[block.decay_state : block.decay_state + block.columns]
                 work[0, places], work[1, places] = h.coefficients(G, v, b)
             else:
                 v.mul_(h.beta).add_(G, alpha=1 - h.beta)
@@ -127,6 +129,7 @@ def update_(
     param: Tensors,
     grad: Tensors,
     momentum: Tensors,
+    low_param: Tensors,
     work: Tensor,
     blocks: Tensor,
     hyper: Tensor,
@@ -148,23 +151,25 @@ def update_(
             m = block.of(momentum)
             step = h.momentum * m.to(work.dtype) + (1 - h.momentum) * step
             m.copy_(step)
-        theta.copy_(wide - step)
+        new = wide - step
+        theta.copy_(_rounded(new, block, h) if h.seed >= 0 and theta.dtype == torch.bfloat16 else new)
+        if low_param:
+            block.of(low_param).copy_(new)
 
 
 def step_(
     param: Tensors,
     grad: Tensors,
     momentum: Tensors,
-    row_moment: Tensors,
-    column_moment: Tensors,
-    decay: Tensors,
+    low_param: Tensors,
+    state: Tensor,
     work: Tensor,
     blocks: Tensor,
     hyper: Tensor,
     names: str = "",
 ) -> None:
     for i in range(blocks.shape[0]):  # one by one: blocks may share their places in the workspace
-        block, h = blocks[i : i + 1].clone(), hyper[i : i + 1]
+        block = blocks[i : i + 1].clone()
         row = _Block(*block[0].tolist())
         places = work
         if row.moments == ROW:  # the kernels keep these on chip; here they need places of their own
@@ -172,6 +177,6 @@ def step_(
             block[0, 10] = 0
         else:
             work[0, row.all_columns()] = 0
-        sums_(grad, places, block, h)
-        slots_(row_moment, column_moment, decay, places, block, h)
-        update_(param, grad, momentum, places, block, h)
+        sums_(grad, places, block, hyper)
+        slots_(state, places, block, hyper)
+        update_(param, grad, momentum, low_param, places, block, hyper)

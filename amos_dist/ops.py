@@ -50,8 +50,11 @@ _C, _missing = _load()
 OPS = ("sums_", "slots_", "update_", "step_")
 
 if _C is not None:
+    # Straight to the kernels: there is nothing to differentiate, and autograd's own stop costs a third of a small call.
+    _past_autograd = torch.library.Library("amos_dist", "IMPL")
     for _op in OPS:  # they only mutate their arguments, so under a fake tensor there is nothing to do
         torch.library.register_fake(f"amos_dist::{_op}", lambda *args, **kwargs: None)
+        _past_autograd.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
 
 def why_not(device_type: str) -> str:

@@ -18,6 +18,7 @@ from .reference import effective_moments, matrix_view
 from .sharding import Layout, Original, layout_of, refuse_unknown
 from .sharding.zero import original_shape
 from .state import State, compute_dtype, put_back, refuse_foreign, refuse_shapes, state_sizes, whole_shapes
+from .tables import Constants, seed_of_parameter
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,11 +59,18 @@ class Amos(Optimizer):
         maximize: go up instead of down.
         foreach, fused: None: the native kernels where they are built. fused=True insists; fused=False or foreach=True
             asks for plain torch.
-        capturable: not there yet.
+        capturable: `step`, and `lr` where it is a tensor, stay on the device and are not looked at: a CUDA graph can
+            replay the step. Take one ordinary step before the capture.
+        master_weights: bfloat16 and float16 parameters are kept in the state in float32 too, as `master`; the parameter
+            itself gets the rounded numbers in the same pass.
+        stochastic_rounding: bfloat16 parameters (without a master) are rounded up or down by chance, so that small
+            steps are not lost. seed: below 2**31; the same seed gives the same numbers in every run, at every step, on
+            every rank and device.
         rules: `[{"match": regex on the full name, ...any keyword...}]`; the first match wins.
 
-    State for each parameter: `step` (0-d float32), `decay`, `momentum` (with momentum), and `row_moment` and
-    `column_moment`, or one of them, or `moment` ("scalar", "full"); keepdim shapes, float32 (float64 for float64).
+    State for each parameter: `step` (0-d float32), `decay`, `momentum` (with momentum), `master` (with master_weights),
+    and `row_moment` and `column_moment`, or one of them, or `moment` ("scalar", "full"); keepdim shapes, float32
+    (float64 for float64).
 
     Raises:
         TypeError, ValueError: an unknown keyword, a value out of range, a rule that matches nothing.
@@ -89,6 +97,9 @@ class Amos(Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         rules: list[dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
@@ -110,6 +121,9 @@ class Amos(Optimizer):
             "foreach": foreach,
             "fused": fused,
             "capturable": capturable,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
         }
         settings.check(defaults)
         self._rules = settings.Rules(rules)
@@ -121,7 +135,6 @@ class Amos(Optimizer):
         self._plans: dict[int, dict[Any, Plan]] = {}  # by the id of their first tensor
         self._layouts: dict[int, tuple[Tensor, Layout]] = {}
         self._checked: dict[int, list[Any]] = {}  # by id(group): the values that were looked at
-        self._constants: dict[int, tuple[float, list[float]]] = {}
         super().__init__(params, defaults)
         self._rules.refuse_useless([original.name for original in self._originals])
 
@@ -215,18 +228,8 @@ class Amos(Optimizer):
     def _setting(self, original: Original, group: dict[str, Any], keyword: str) -> Any:
         return self._overrides[original.key].get(keyword, group[keyword])
 
-    def _numbers(self, key: int, group: dict[str, Any], t: int) -> list[float]:
-        """The hyper-parameters of one parameter at step t, in the order of csrc/block.h's Hyper."""
-        if key not in self._constants:
-            self._constants[key] = self._constants_of(key, group)
-        factor, constants = self._constants[key]
-        numbers = constants.copy()
-        numbers[0] = factor * float(group["lr"])
-        numbers[3] = 1 - constants[2] ** t
-        return numbers
-
-    def _constants_of(self, key: int, group: dict[str, Any]) -> tuple[float, list[float]]:
-        """What does not change from step to step: the factor of lr, and the numbers but lr and 1 - beta^t."""
+    def _constants_of(self, key: int, group: dict[str, Any]) -> Constants:
+        """The hyper-parameters of one parameter: what does not change from step to step."""
         original = self._originals[key]
 
         def setting(keyword: str) -> Any:
@@ -240,19 +243,24 @@ class Amos(Optimizer):
                 f"sigma={setting('sigma')!r} of {original.name!r} was set after the optimizer was built, which has "
                 "measured none. Give a number, or build a new optimizer."
             )
-        return self._overrides[key].get("lr_factor", 1.0), [
-            math.nan,
-            float(sigma),
-            float(setting("beta")),
-            math.nan,
-            float(setting("momentum")),
-            math.inf if clip is None else float(clip),
-            float(setting("extra_l2")),
-            float(setting("c_coef")),
-            float(setting("d_coef")),
-            float(setting("eps")),
-            -1.0 if setting("maximize") else 1.0,
-        ]
+        factor = self._overrides[key].get("lr_factor", 1.0)
+        return Constants(
+            factor,
+            [
+                math.nan,  # lr
+                float(sigma),
+                float(setting("beta")),
+                math.nan,  # t
+                float(setting("momentum")),
+                math.inf if clip is None else float(clip),
+                float(setting("extra_l2")),
+                float(setting("c_coef")),
+                float(setting("d_coef")),
+                float(setting("eps")),
+                -1.0 if setting("maximize") else 1.0,
+                float(seed_of_parameter(setting("seed"), key)) if setting("stochastic_rounding") else -1.0,
+            ],
+        )
 
     # ---- step --------------------------------------------------------------------------------------------------------
 
@@ -270,31 +278,31 @@ class Amos(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        chosen = [
-            (index, tensor, group)
-            for group in self.param_groups
-            for index, tensor in enumerate(group["params"])
-            if tensor.requires_grad or tensor.grad is not None
-        ]
-        if not any(tensor.grad is not None for _, tensor, _ in chosen):
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        grads = [grad for tensor in tensors if (grad := tensor.grad) is not None]
+        if not grads:
             return loss
         for group in self.param_groups:
             self._check_group(group)
-        self._refuse_gradients([tensor for _, tensor, _ in chosen])
-        plan = self._plan(chosen)
+        if {grad.layout for grad in grads} != {torch.strided} or any(d.is_complex for d in {g.dtype for g in grads}):
+            self._refuse_gradients(tensors)
+        plan = self._plan(tensors)
         if not self._is_trial(plan):
             plan.run(self.state)
         return loss
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Schedulers and users change groups between steps: checks their values when they have changed."""
-        settings.check({"lr": group["lr"]})
+        if not (group["capturable"] and isinstance(group["lr"], Tensor)):
+            settings.check({"lr": group["lr"]})
         values = [float(v) if isinstance(v := group[key], Tensor) else v for key in settings.DEFAULTS]
         if self._checked.get(id(group)) != values:
             settings.check(dict(zip(settings.DEFAULTS, values, strict=True)))
             self._refuse_other_views(group)
             self._checked[id(group)] = values
-            self._constants.clear()
+            for plans in self._plans.values():
+                for plan in plans.values():
+                    plan.settings_changed()
 
     def _refuse_other_views(self, group: dict[str, Any]) -> None:
         """`moments` and `row_dims` shape the state: they are fixed when the optimizer is built."""
@@ -307,7 +315,7 @@ class Amos(Optimizer):
 
     def _refuse_gradients(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
-            if (grad := tensor.grad) is None or (grad.layout == torch.strided and not grad.is_complex()):
+            if (grad := tensor.grad) is None or (grad.layout is torch.strided and not grad.is_complex()):
                 continue
             name = next((o.name for o in self._originals if o.param is tensor), "a flat partition")
             if grad.is_complex():
@@ -320,22 +328,33 @@ class Amos(Optimizer):
                 "Build the embedding with sparse=False."
             )
 
-    def _plan(self, chosen: list[tuple[int, Tensor, dict[str, Any]]]) -> Plan:
-        keywords = ("momentum_dtype", "fused", "foreach")
-        key = tuple(
-            (id(t), t.device, t.dtype, id(g), bool(g["momentum"]), *(g[k] for k in keywords)) for _, t, g in chosen
+    def _plan(self, tensors: list[Tensor]) -> Plan:
+        """The plan of this step; made anew when the tensors, their dtypes or devices, or the state have changed."""
+        keywords = ("momentum_dtype", "fused", "foreach", "capturable", "master_weights")
+        key = (
+            tuple(map(id, tensors)),
+            tuple([tensor.requires_grad or tensor.grad is not None for tensor in tensors]),
+            tuple([tensor.dtype for tensor in tensors]),
+            tuple([tensor.device for tensor in tensors]),
+            tuple((id(g), len(g["params"]), bool(g["momentum"]), *(g[k] for k in keywords)) for g in self.param_groups),
         )
-        plans = self._plans.setdefault(id(chosen[0][1]), {})
+        plans = self._plans.setdefault(key[0][0], {})
         if key in plans:
-            if plans[key].agreed and all(self.state.get(tensor) for _, tensor, _ in chosen):
+            if plans[key].fits(self.state):
                 return plans[key]
-            del plans[key]  # a fault that may be mended, or the state was cleared: make it anew
+            del plans[key]  # a fault that may be mended, or the state was replaced: make it anew
+        chosen = [
+            (index, tensor, group)
+            for group in self.param_groups
+            for index, tensor in enumerate(group["params"])
+            if tensor.requires_grad or tensor.grad is not None
+        ]
         members = [self._member(index, tensor, group) for index, tensor, group in chosen]
         for member in members:
             member.fault = member.layout.fault or self._make_state(member)
         while len(plans) >= 4:  # freezing parameters makes new plans, and each has a workspace
             del plans[next(iter(plans))]
-        plans[key] = Plan(members, self._kinds, self._numbers)
+        plans[key] = Plan(members, self._kinds, self._constants_of)
         return plans[key]
 
     def _member(self, index: int, tensor: Tensor, group: dict[str, Any]) -> Member:
@@ -351,7 +370,10 @@ class Amos(Optimizer):
         dtype = next(iter(wanted)) if len(wanted) == 1 else (compute_dtype(tensor) if wanted else None)
         if dtype is not None and compute_dtype(tensor) == torch.float64:
             dtype = torch.float64
-        return Member(tensor, group, layout, name, dtype, False if group["foreach"] else group["fused"])
+        fused = False if group["foreach"] else group["fused"]
+        low = tensor.dtype in (torch.bfloat16, torch.float16)
+        master = low and any(self._setting(o, group, "master_weights") for o in originals)
+        return Member(tensor, group, layout, name, dtype, fused, group["capturable"], master)
 
     def _layout(self, index: int, tensor: Tensor, group: dict[str, Any]) -> Layout:
         if id(tensor) not in self._layouts or self._layouts[id(tensor)][1].fault:
@@ -381,6 +403,12 @@ class Amos(Optimizer):
             state["step"] = torch.zeros(())
             for key, shape in shapes.items():
                 state[key] = torch.zeros(shape, dtype=compute_dtype(tensor), device=tensor.device)
+        if member.capturable:
+            state["step"] = state["step"].to(tensor.device)
+        if member.master:
+            if "master" not in state:
+                state["master"] = tensor.detach().float().contiguous()
+            shapes["master"] = tuple(tensor.shape)
         if member.momentum_dtype is not None:
             if "momentum" not in state:
                 state["momentum"] = torch.zeros(tensor.shape, dtype=member.momentum_dtype, device=tensor.device)
@@ -418,8 +446,8 @@ class Amos(Optimizer):
 
         def mend(_: Optimizer) -> None:
             put_back(arrived[0], self.param_groups, self.state)
-            for cache in (self._plans, self._checked, self._constants):
-                cache.clear()
+            self._plans.clear()
+            self._checked.clear()
 
         handles = (
             self.register_load_state_dict_pre_hook(refuse),
@@ -480,7 +508,7 @@ class Amos(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._surroundings, self._plans, self._layouts = Surroundings(), {}, {}
-        self._checked, self._constants = {}, {}
+        self._checked = {}
         for group in self.param_groups:
             for key, value in settings.DEFAULTS.items():
                 group.setdefault(key, value)

@@ -6,8 +6,9 @@ calls of kernels. What lies whole in this process takes one kernel call; only wh
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +16,10 @@ from torch import Tensor
 
 from . import ops
 from .sharding import Layout, Pending, cut_rows, disagreement
-from .state import State, compute_dtype, has_columns, has_rows, state_sizes
+from .state import FLOAT_STATE, State, compute_dtype, has_columns, has_rows, state_sizes
+from .tables import CODES, Blocks, Constants, Numbers
 
-CODES = {"row": 0, "scalar": 0, "full": 0, "column": 1, "factored": 2}  # csrc/block.h: enum Moments
-BLOCK_FIELDS = 14  # csrc/ops.cpp
-HYPER_FIELDS = 11  # csrc/block.h: struct Hyper
-
-Numbers = Callable[[int, dict[str, Any], int], list[float]]
+ConstantsOf = Callable[[int, dict[str, Any]], Constants]
 
 
 @dataclass(eq=False)
@@ -34,6 +32,8 @@ class Member:
     name: str
     momentum_dtype: torch.dtype | None  # None: without momentum
     fused: bool | None
+    capturable: bool
+    master: bool  # the state holds the parameter in float32; the tensor itself only takes the rounded numbers
     fault: str = ""  # why it cannot be stepped; every rank of its process group learns of it before anything changes
 
 
@@ -52,36 +52,74 @@ class _Space:
         return torch.zeros(3, self.size, dtype=dtype, device=device)
 
 
-@dataclass(eq=False)
-class _Blocks:
-    """Rows of the table that csrc/ops.cpp reads, and the parameter and the tensor of each."""
-
-    fields: list[list[int]] = field(default_factory=list)
-    keys: list[int] = field(default_factory=list)
-    table: Tensor = field(default_factory=lambda: torch.empty(0, BLOCK_FIELDS, dtype=torch.int64))
-
-    def add(self, key: int, fields: list[int]) -> None:
-        self.keys.append(key)
-        self.fields.append(fields)
-
-    def freeze(self) -> None:
-        self.table = torch.tensor(self.fields, dtype=torch.int64).view(-1, BLOCK_FIELDS)
-
-
-@dataclass(eq=False)
 class _Launch:
     """Tensors that share one set of dtypes: one call of a kernel serves all."""
 
-    members: list[Member] = field(default_factory=list)
-    local: _Blocks = field(default_factory=_Blocks)  # of parameters that are whole here
-    shared: _Blocks = field(default_factory=_Blocks)  # of parameters that are cut
-    names: str = ""  # one line for each tensor, for messages
+    def __init__(self, first: Member, device: torch.device, compute: torch.dtype) -> None:
+        self.device, self.compute = device, compute
+        self.master, self.capturable = first.master, first.capturable
+        self.with_momentum = first.momentum_dtype is not None
+        self.dtype = first.tensor.dtype
+        self.ops = ops.backend(device, first.fused)
+        self.empty = torch.empty(0, dtype=compute, device=device)
+        self.members: list[Member] = []
+        self.local, self.shared = Blocks(), Blocks()  # of parameters that are whole here; of those that are cut
+        self.rows: list[tuple[int, int]] = []  # of the hyper-parameters: the parameter's key, the number of its tensor
+        self.numbers: Numbers | None = None
+        self.places: list[dict[str, int]] = []  # where each tensor's state begins in the buffer
+        self.size = 0  # of that buffer
+        self.state = self.steps = torch.empty(0)
+        self._bound: list[Tensor] = []
+        self._watched: list[tuple[State, str]] = []  # one of each state: who moves its data moves all of it
+        self._addresses: list[int] = []
+        self._present: list[bool] = []
+        self._mask = torch.empty(0)
 
     def freeze(self) -> None:
         """All members are there: makes what every step uses."""
-        self.local.freeze()
-        self.shared.freeze()
+        self.tensors = [member.tensor for member in self.members]
         self.names = "\n".join(member.name for member in self.members)
+
+    def make_numbers(self, constants_of: ConstantsOf) -> Numbers:
+        groups = [member.group for member in self.members]
+        constants = [constants_of(key, groups[number]) for key, number in self.rows]
+        device = self.device if self.capturable else torch.device("cpu")
+        return Numbers(constants, [number for _, number in self.rows], groups, device)
+
+    def bind(self, states: dict[Tensor, State]) -> None:
+        """All state in one buffer and all steps in another, of which the tensors' states become views.
+
+        The kernels then take two tensors instead of four for each parameter, and one addition counts all steps.
+        """
+        self.states = [states[tensor] for tensor in self.tensors]
+        self.state = torch.zeros(self.size, dtype=self.compute, device=self.device)
+        self.steps = torch.zeros(len(self.states), device=self.device if self.capturable else "cpu")
+        for number, (state, places) in enumerate(zip(self.states, self.places, strict=True)):
+            parts = {
+                key: self.state[places[key] : places[key] + state[key].numel()] for key in FLOAT_STATE if key in state
+            }
+            for key, part in {**parts, "step": self.steps[number]}.items():
+                part = part.view(state[key].shape)
+                part.copy_(state[key])
+                state[key] = part
+        self._bound = [value for state in self.states for value in state.values()]
+        self._watched = [(state, "decay" if "decay" in state else "step") for state in self.states]
+        self._addresses = [state[key].data_ptr() for state, key in self._watched]
+
+    def holds(self) -> bool:
+        """Whether the states are still these views: loading, hooks and users replace them, offloading moves them."""
+        found = [value for state in self.states for value in state.values()]
+        if len(found) != len(self._bound) or not all(map(operator.is_, found, self._bound)):
+            return False
+        return self._addresses == [state[key].data_ptr() for state, key in self._watched]
+
+    def count(self, present: list[bool] | None) -> None:
+        if present is None:
+            self.steps += 1
+        else:
+            if present != self._present:  # kept, because a CUDA graph cannot take it from the CPU
+                self._present, self._mask = present, torch.tensor(present, device=self.steps.device)
+            self.steps += self._mask
 
 
 class _Bucket:
@@ -99,9 +137,10 @@ class _Bucket:
                 self._place_travelling(group, [m.layout for m in members if m.layout.group is group])
         self.travelling = self._shared.used
         for member in members:
-            kind = (member.tensor.dtype, member.momentum_dtype, member.fused)
-            launch = self.launches.setdefault(kind, _Launch())
-            self._add(launch, member)
+            kind = (member.tensor.dtype, member.momentum_dtype, member.fused, member.capturable, member.master)
+            if kind not in self.launches:
+                self.launches[kind] = _Launch(member, device, dtype)
+            self._add(self.launches[kind], member)
         for launch in self.launches.values():
             launch.freeze()
         self.shared_work = self._shared.tensor(dtype, device)
@@ -122,9 +161,17 @@ class _Bucket:
     def _add(self, launch: _Launch, member: Member) -> None:
         number = len(launch.members)
         launch.members.append(member)
-        row_state = column_state = decay_state = 0
+        totals = state_sizes(member.layout.pieces, self.kinds)
+        row_state = launch.size
+        column_state = row_state + totals["row_moment"]
+        decay_state = column_state + totals["column_moment"]
+        launch.size = decay_state + totals["decay"]
+        launch.places.append(
+            {"row_moment": row_state, "moment": row_state, "column_moment": column_state, "decay": decay_state}
+        )
         for piece in member.layout.pieces:
             kind = self.kinds[piece.key]
+            launch.rows.append((piece.key, number))
             for i, block in enumerate(piece.blocks()):
                 columns = piece.cols if has_columns(kind) and i == 0 else 0
                 cut_row = self._row_places.get((piece.key, block.row))
@@ -141,8 +188,7 @@ class _Bucket:
                     row_work = self._local.take(rows if has_rows(kind) else 0)
                     column_work = self._local.take(columns)
                 below = block.row - piece.first_row if has_rows(kind) else 0
-                (launch.shared if shared else launch.local).add(
-                    piece.key,
+                (launch.shared if shared else launch.local).fields.append(
                     [
                         number,
                         piece.offset + block.offset,
@@ -158,7 +204,9 @@ class _Bucket:
                         column_work,
                         block.column,
                         columns,
-                    ],
+                        len(launch.rows) - 1,
+                        piece.start + block.offset,
+                    ]
                 )
             sizes = state_sizes([piece], self.kinds)
             row_state += sizes["row_moment"]
@@ -172,16 +220,36 @@ class Plan:
     Args:
         members: the tensors, in the same order on every rank.
         kinds: the moments of each parameter, by key.
-        numbers: (key, group, t) -> the hyper-parameters in the order of csrc/block.h's Hyper.
+        constants_of: (key, group) -> the parameter's hyper-parameters.
     """
 
-    def __init__(self, members: list[Member], kinds: dict[int, str], numbers: Numbers) -> None:
-        self.members, self.numbers = members, numbers
+    def __init__(self, members: list[Member], kinds: dict[int, str], constants_of: ConstantsOf) -> None:
+        self.members, self.constants_of = members, constants_of
         self.agreed = False
         together: dict[tuple[torch.device, torch.dtype], list[Member]] = {}
         for member in members:
             together.setdefault((member.tensor.device, compute_dtype(member.tensor)), []).append(member)
         self.buckets = [_Bucket(device, dtype, some, kinds) for (device, dtype), some in together.items()]
+
+        self.launches = [launch for bucket in self.buckets for launch in bucket.launches.values()]
+        self._seen: list[State] = []
+
+    def fits(self, states: dict[Tensor, State]) -> bool:
+        """Whether the optimizer's states are still those of the last step."""
+        if not self.agreed:
+            return False
+        now = list(states.values())
+        if len(now) != len(self._seen) or not all(map(operator.is_, now, self._seen)):  # quicker than looking each up
+            for launch in self.launches:
+                if not all(states.get(t) is s for t, s in zip(launch.tensors, launch.states, strict=True)):
+                    return False
+            self._seen = now
+        return all(launch.holds() for launch in self.launches)
+
+    def settings_changed(self) -> None:
+        """Somebody changed a hyper-parameter, other than lr, in a group."""
+        for launch in self.launches:
+            launch.numbers = None
 
     def run(self, states: dict[Tensor, State]) -> None:
         """Moves every tensor that has a gradient by one step, and its state with it.
@@ -191,9 +259,17 @@ class Plan:
         """
         if not self.agreed:
             self._agree()
-        calls = [_Call(bucket, launch, self, states) for bucket in self.buckets for launch in bucket.launches.values()]
+            for launch in self.launches:
+                launch.bind(states)
+            self._seen = list(states.values())
+        calls = []
         for bucket in self.buckets:
-            bucket.shared_work[0, : bucket.travelling] = 0
+            for launch in bucket.launches.values():
+                launch.numbers = launch.numbers or launch.make_numbers(self.constants_of)
+                calls.append(_Call(bucket, launch, launch.numbers))
+        for bucket in self.buckets:
+            if bucket.travelling:
+                bucket.shared_work[0, : bucket.travelling] = 0
         for call in calls:
             call.sums()
         pending = [
@@ -224,73 +300,70 @@ class Plan:
 
 
 class _Call:
-    """One launch in one step: its tensors, state and numbers, ready for the kernels."""
+    """One launch in one step: its tensors, state and numbers, ready for the kernels.
 
-    def __init__(self, bucket: _Bucket, launch: _Launch, plan: Plan, states: dict[Tensor, State]) -> None:
+    Small models spend more time here than in the kernels: no work for each tensor that a list comprehension cannot do.
+    """
+
+    def __init__(self, bucket: _Bucket, launch: _Launch, numbers: Numbers) -> None:
         self.bucket, self.launch = bucket, launch
-        self.ops = ops.backend(bucket.device, launch.members[0].fused)
-        empty = torch.empty(0, dtype=bucket.dtype, device=bucket.device)
-        self.states = [states[member.tensor] for member in launch.members]
-        self.present = [member.tensor.grad is not None for member in launch.members]
-        self.params = [member.tensor.detach() for member in launch.members]
-        self.dense = [p if p.is_contiguous() else p.contiguous() for p in self.params]
-        self.grads = self._gradients(empty)
-        self.rows = [state.get("row_moment", state.get("moment", empty)) for state in self.states]
-        self.columns = [state.get("column_moment", empty) for state in self.states]
-        self.decay = [state.get("decay", empty) for state in self.states]
-        with_momentum = launch.members[0].momentum_dtype is not None
-        self.momentum = [state["momentum"] for state in self.states] if with_momentum else []
-        self.steps = [int(state["step"]) + 1 for state in self.states]
-        self.local = self._chosen(launch.local, plan.numbers)
-        self.shared = self._chosen(launch.shared, plan.numbers)
+        states = launch.states
+        self.present: list[bool] | None = None
+        self.grads = self._gradients()
+        tensors = launch.tensors
+        self.dense = tensors
+        if not all(map(Tensor.is_contiguous, tensors)):
+            self.dense = [tensor.detach().contiguous() for tensor in tensors]
+        self.params, self.low = self.dense, []
+        if launch.master:
+            self.params, self.low = [state["master"] for state in states], self.dense
+        self.momentum = [state["momentum"] for state in states] if launch.with_momentum else []
+        self.hyper = numbers.at(launch.steps)
 
-    def _gradients(self, empty: Tensor) -> list[Tensor]:
+    def _gradients(self) -> list[Tensor]:
         """Contiguous, of one dtype: the parameter's, or for float32 parameters a lower one that all gradients have."""
-        grads = [member.tensor.grad for member in self.launch.members]
-        dtype = self.launch.members[0].tensor.dtype
-        if dtype == torch.float32 and len(found := {grad.dtype for grad in grads if grad is not None}) == 1:
-            dtype = next(iter(found & {torch.bfloat16, torch.float16}), dtype)
-        return [(empty if grad is None else grad).to(dtype).contiguous() for grad in grads]
-
-    def _chosen(self, blocks: _Blocks, numbers: Numbers) -> tuple[Tensor, Tensor]:
-        """The rows of the table whose tensors have a gradient, and the numbers beside each."""
-        table, chosen = blocks.table, range(len(blocks.keys))
-        if not all(self.present):
-            chosen = [i for i in chosen if self.present[blocks.fields[i][0]]]  # type: ignore[assignment]
-            table = table[list(chosen)]
-        known: dict[int, list[float]] = {}
-        rows = []
-        for i in chosen:
-            key, number = blocks.keys[i], blocks.fields[i][0]
-            if key not in known:
-                known[key] = numbers(key, self.launch.members[number].group, self.steps[number])
-            rows.append(known[key])
-        return table, torch.tensor(rows, dtype=torch.float64).view(len(rows), HYPER_FIELDS)
+        launch = self.launch
+        found = [tensor.grad for tensor in launch.tensors]
+        grads = [grad for grad in found if grad is not None]
+        if len(grads) < len(found):
+            self.present = [grad is not None for grad in found]
+        dtypes = {grad.dtype for grad in grads}
+        dtype = launch.dtype
+        if dtype == torch.float32 and len(dtypes) == 1:
+            dtype = next(iter(dtypes & {torch.bfloat16, torch.float16}), dtype)
+        if dtypes != {dtype} or not all(map(Tensor.is_contiguous, grads)):
+            grads = [grad.to(dtype).contiguous() for grad in grads]
+        if self.present is None:
+            return grads
+        some, empty = iter(grads), launch.empty.to(dtype)
+        return [next(some) if there else empty for there in self.present]
 
     def sums(self) -> None:
-        if len(self.shared[0]):
-            self.ops.sums_(self.grads, self.bucket.shared_work, *self.shared, self.launch.names)
+        if self.launch.shared:
+            work, blocks = self.bucket.shared_work, self.launch.shared.table(self.present)
+            self.launch.ops.sums_(self.grads, work, blocks, self.hyper, self.launch.names)
 
     def step(self) -> None:
-        if len(self.local[0]):
-            state = (self.rows, self.columns, self.decay)
-            self.ops.step_(
-                self.dense, self.grads, self.momentum, *state, self.bucket.local_work, *self.local, self.launch.names
-            )
+        if self.launch.local:
+            changed = (self.params, self.grads, self.momentum, self.low)
+            work, blocks = self.bucket.local_work, self.launch.local.table(self.present)
+            self.launch.ops.step_(*changed, self.launch.state, work, blocks, self.hyper, self.launch.names)
 
     def slots_and_update(self) -> None:
-        if len(self.shared[0]):
-            work = self.bucket.shared_work
-            self.ops.slots_(self.rows, self.columns, self.decay, work, *self.shared, self.launch.names)
-            self.ops.update_(self.dense, self.grads, self.momentum, work, *self.shared, self.launch.names)
+        if self.launch.shared:
+            changed = (self.params, self.grads, self.momentum, self.low)
+            work, blocks = self.bucket.shared_work, self.launch.shared.table(self.present)
+            self.launch.ops.slots_(self.launch.state, work, blocks, self.hyper, self.launch.names)
+            self.launch.ops.update_(*changed, work, blocks, self.hyper, self.launch.names)
 
     def count(self) -> None:
         """Steps taken; parameters that were not contiguous; versions for autograd."""
-        changed = []
-        for i, there in enumerate(self.present):
-            if there:
-                self.states[i]["step"] += 1
-                if self.dense[i] is not self.params[i]:
-                    self.params[i].copy_(self.dense[i])
-                changed.append(self.launch.members[i].tensor)
+        launch, changed = self.launch, self.launch.tensors
+        if self.dense is not changed:
+            for tensor, dense in zip(changed, self.dense, strict=True):
+                if tensor.grad is not None:
+                    tensor.detach().copy_(dense)
+        launch.count(self.present)
+        if self.present is not None:
+            changed = [tensor for tensor, there in zip(changed, self.present, strict=True) if there]
         torch.autograd.graph.increment_version(changed)

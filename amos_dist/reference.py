@@ -75,6 +75,28 @@ def column_profile(column_moment: Tensor) -> Tensor:
     return torch.where(average == 0, torch.ones_like(column_moment), column_moment / average)
 
 
+def _mixed(x: Any, salt: int) -> Any:
+    """A hash of 32-bit numbers: an int, or an int64 tensor. lowbias32 of C. Wellons, with a salt in its middle."""
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD & 0xFFFFFFFF) ^ salt
+    x = (x ^ (x >> 15)) * 0xD35A2D97 & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+def stochastic_bfloat16(values: Tensor, index: Tensor, seed: int, t: int) -> Tensor:
+    """Rounds to one of the two nearest bfloat16s, up with a probability of the part that is cut off.
+
+    Args:
+        values: float32. index: int64, of the same shape: each element's number in its parameter, row-major.
+        seed: of the parameter, below 2**32. t: the step. The same three give the same numbers everywhere.
+    """
+    key = _mixed(seed, t)
+    random = _mixed((index & 0xFFFFFFFF) ^ ((key + (index >> 32) * 0x9E3779B1) & 0xFFFFFFFF), _mixed(key, 0x9E3779B9))
+    bits = values.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    rounded = (bits + (random >> 16)) >> 16 & 0xFFFF
+    result = ((rounded ^ 0x8000) - 0x8000).to(torch.int16).view(torch.bfloat16)
+    return torch.where(values.isnan(), torch.full_like(result, math.nan), result)
+
+
 def _measured(param: Tensor, row_dims: int, sigma: str) -> float:
     """sigma="auto": the root mean square of the entries; 0.5 for 0-d and 1-d, sqrt(1 / fan_in) for zeros."""
     if sigma != "auto":
@@ -106,6 +128,9 @@ def amos_step(
     foreach: bool | None = None,
     fused: bool | None = None,
     capturable: bool = False,
+    master_weights: bool = False,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
 ) -> Tensor:
     """Changes `param` and `state` in place by one step, and returns `param`.
 
@@ -117,12 +142,18 @@ def amos_step(
         sigma: the paper's eta, the scale where entries settle; "auto": measured at the first step, kept in `state`.
         clip_value: element-wise, before anything else. extra_l2: inside the d factor.
         foreach, fused, capturable: say how class Amos computes; nothing here.
+        master_weights: keeps a bfloat16 or float16 parameter in float32 too, as `state["master"]`.
+        stochastic_rounding: of a bfloat16 parameter without a master; seed: the parameter's own, below 2**32.
     """
     if isinstance(sigma, str):
         sigma = float(state.setdefault("sigma", _measured(param, row_dims, sigma)))
     kind = effective_moments(param.shape, moments, row_dims)
     compute = torch.float64 if param.dtype == torch.float64 else torch.float32
-    theta, g = param.detach().to(compute), grad.detach().to(compute)
+    with_master = master_weights and param.dtype in (torch.bfloat16, torch.float16)
+    if with_master:
+        state.setdefault("master", param.detach().float())
+    theta = state["master"] if with_master else param.detach().to(compute)
+    g = grad.detach().to(compute)
     dims = tuple(range(param.dim()))
     row_axes, column_axes = dims[row_dims:], dims[:row_dims]  # what a row's, and a column's, mean is taken over
     averaged = {"row": row_axes, "factored": row_axes, "column": column_axes, "scalar": dims, "full": ()}[kind]
@@ -167,5 +198,11 @@ def amos_step(
         m = state.get("momentum", torch.zeros_like(theta, dtype=stored)).to(compute)
         delta = momentum * m + (1 - momentum) * delta
         state["momentum"] = delta.to(stored)
-    param.detach().copy_(theta - delta)
+    theta = theta - delta
+    if with_master:
+        state["master"] = theta
+    elif stochastic_rounding and param.dtype == torch.bfloat16:
+        index = torch.arange(theta.numel(), device=theta.device).view(theta.shape)
+        theta = stochastic_bfloat16(theta, index, seed, step)
+    param.detach().copy_(theta)
     return param

@@ -29,6 +29,9 @@ DEFAULTS: dict[str, Any] = {
     "foreach": None,
     "fused": None,
     "capturable": False,
+    "master_weights": False,
+    "stochastic_rounding": False,
+    "seed": 0,
 }
 KEYWORDS = ("lr", *DEFAULTS)
 PER_PARAMETER = tuple(key for key in KEYWORDS if key not in ("foreach", "fused", "capturable"))
@@ -97,14 +100,14 @@ def check(values: Mapping[str, Any], name: str | None = None) -> None:
             raise ValueError(f"row_dims={value!r}{where} is no count of dimensions. Use 1, or 2 for stacked experts.")
         elif key == "momentum_dtype":
             momentum_dtype(value, where)
-        elif key in ("maximize", "capturable") and not isinstance(value, bool):
+        elif key == "seed" and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31):
+            raise ValueError(f"seed={value!r}{where} is no seed. Use a whole number from 0 to 2**31 - 1.")
+        elif key in ("maximize", "capturable", "master_weights", "stochastic_rounding") and not isinstance(value, bool):
             raise TypeError(f"{key}={value!r}{where} is not a bool. Use true or false.")
         elif key in ("foreach", "fused") and not (value is None or isinstance(value, bool)):
             raise TypeError(f"{key}={value!r}{where} is not a bool. Use true, false or null.")
     if values.get("fused") and values.get("foreach"):
         raise ValueError("fused=True and foreach=True exclude each other. Leave both away for the fastest.")
-    if values.get("capturable"):
-        raise ValueError("capturable=True is not there yet: step and lr are read on the CPU. Leave it away.")
 
 
 def momentum_dtype(value: Any, where: str = "") -> torch.dtype | None:

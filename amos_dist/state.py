@@ -13,6 +13,7 @@ from .sharding import Piece
 
 State = dict[str, Any]
 FLOAT_STATE = ("row_moment", "column_moment", "moment", "decay")
+WHOLE_STATE = ("momentum", "master")  # of the parameter's own shape
 
 
 def has_rows(kind: str) -> bool:
@@ -55,7 +56,7 @@ def refuse_foreign(state: State, name: str) -> None:
     """Raises:
     ValueError: `state`, as loaded, is no state of Amos.
     """
-    foreign = sorted(set(state) - {"step", "momentum", *FLOAT_STATE})
+    foreign = sorted(set(state) - {"step", *WHOLE_STATE, *FLOAT_STATE})
     if foreign or "step" not in state:
         raise ValueError(
             f"the state of {name!r} is not of Amos: it has {', '.join(map(repr, sorted(state)))}. "
@@ -81,11 +82,12 @@ def refuse_shapes(state: State, name: str, shape: tuple[int, ...], expected: dic
                 f"the state {key!r} of {name!r} has shape {has}, expected {expected.get(key)}. "
                 "Load it into the model and with the `moments` that it was written with."
             )
-    if "momentum" in state and tuple(state["momentum"].shape) != shape:
-        raise ValueError(
-            f"the state 'momentum' of {name!r} has shape {tuple(state['momentum'].shape)}, expected {shape}. "
-            "Load it into the model that it was written with."
-        )
+    for key in WHOLE_STATE:
+        if key in state and tuple(state[key].shape) != shape:
+            raise ValueError(
+                f"the state {key!r} of {name!r} has shape {tuple(state[key].shape)}, expected {shape}. "
+                "Load it into the model that it was written with."
+            )
 
 
 def put_back(state_dict: dict[str, Any], groups: list[dict[str, Any]], states: dict[Tensor, State]) -> None:
@@ -96,7 +98,7 @@ def put_back(state_dict: dict[str, Any], groups: list[dict[str, Any]], states: d
         for key, value in state_dict["state"].get(number, {}).items():
             if key in FLOAT_STATE:
                 states[tensor][key] = value.detach().to(tensor.device, compute_dtype(tensor), copy=True)
-            elif key == "momentum":
+            elif key in WHOLE_STATE:
                 states[tensor][key] = value.detach().to(tensor.device, copy=True)
             elif key == "step":
                 states[tensor][key] = torch.as_tensor(value, dtype=torch.float32).detach().cpu().clone()

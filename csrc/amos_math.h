@@ -18,14 +18,28 @@ template <class T>
 struct Consts {
   T beta, one_minus_beta, bias, lr2, lr_sigma, c_scale, d_scale, extra_l2, eps, inv_sqrt_eps;
   T clip, momentum, one_minus_momentum;
+  uint32_t key, salt;  // of this parameter's random numbers at this step
+  int32_t stochastic;
 };
+
+// A bijection of 32-bit numbers that spreads a change of one bit over all (lowbias32 of C. Wellons's hash prospector).
+// U is uint32_t or a vector of them; with a salt, streams of different keys are not shifts of each other.
+template <class U>
+AMOS_FN U mixed(U x, uint32_t salt) {
+  x ^= x >> 16;
+  x *= 0x21f0aaadu;
+  x ^= salt;
+  x ^= x >> 15;
+  x *= 0xd35a2d97u;
+  return x ^ (x >> 15);
+}
 
 template <class T>
 AMOS_FN Consts<T> make_consts(const Hyper& h) {
   Consts<T> k;
   k.beta = T(h.beta);
   k.one_minus_beta = T(1.0 - h.beta);
-  k.bias = T(h.bias);
+  k.bias = T(1.0 - pow(h.beta, h.t));
   k.lr2 = T(h.lr * h.lr);
   k.lr_sigma = T(h.grad_sign * h.lr * h.sigma);  // the sign rides on A: no work for each element
   k.c_scale = T(h.c_coef * sqrt(h.lr));
@@ -36,7 +50,28 @@ AMOS_FN Consts<T> make_consts(const Hyper& h) {
   k.clip = T(h.clip);
   k.momentum = T(h.momentum);
   k.one_minus_momentum = T(1.0 - h.momentum);
+  k.stochastic = h.seed >= 0;
+  k.key = mixed(uint32_t(k.stochastic ? h.seed : 0), uint32_t(int64_t(h.t)));
+  k.salt = mixed(k.key, 0x9e3779b9u);
   return k;
+}
+
+// Random bits for the element number 2^32 high + low of a parameter: the same in every layout, on every device and in
+// every run.
+template <class T>
+AMOS_FN uint32_t stream_key(uint32_t high, const Consts<T>& k) {
+  return k.key + high * 0x9e3779b1u;
+}
+template <class T>
+AMOS_FN uint32_t random_bits(uint32_t low, uint32_t high, const Consts<T>& k) {
+  return mixed(low ^ stream_key(high, k), k.salt);
+}
+
+// The bits of a float, rounded to those of a bfloat16 (in the upper half's place below): up with a probability of the
+// part that is cut off. A NaN must be dealt with before. U as above.
+template <class U>
+AMOS_FN U rounded_stochastically(U bits, U random) {
+  return (bits + (random >> 16)) >> 16;
 }
 
 template <class T>

@@ -10,12 +10,20 @@ enum class Dtype : int32_t { f64 = 0, f32 = 1, bf16 = 2, f16 = 3 };
 // "scalar" is `row` of a 1 x numel matrix, "full" is `row` of a numel x 1 matrix.
 enum class Moments : int32_t { row = 0, column = 1, factored = 2 };
 
-// One parameter's numbers for one step, in double; docs/ALGORITHM names them. lr is xi, bias is 1 - beta^t.
-// clip is +inf where nothing is clipped. grad_sign is -1 to maximize, else 1.
+// One parameter's numbers for step t = 1, 2, ..., in double; docs/algorithm.md names them. lr is xi. clip is +inf where
+// nothing is clipped. grad_sign is -1 to maximize, else 1. seed: an integer below 2^32 rounds bfloat16 parameters
+// stochastically; -1 rounds to nearest.
 struct Hyper {
-  double lr, sigma, beta, bias, momentum, clip, extra_l2, c_coef, d_coef, eps, grad_sign;
+  double lr, sigma, beta, t, momentum, clip, extra_l2, c_coef, d_coef, eps, grad_sign, seed;
 };
-constexpr int64_t kHyperFields = 11;
+constexpr int64_t kHyperFields = 12;
+
+// The numbers of all parameters of a call. On the device only so that a CUDA graph replays with the lr and t of then.
+struct Hypers {
+  const Hyper* rows;
+  int64_t count;
+  bool on_device;
+};
 
 // A block: `rows` x `cols` elements that lie one after another in memory (row-major, no gap), all of one parameter.
 // Its rows may be only segments of the parameter's rows, and its columns only some of them: row_count and
@@ -32,6 +40,7 @@ struct Block {
   void* param;
   const void* grad;
   void* momentum;       // null: none
+  void* low_param;      // what the new parameter is also written to, rounded to nearest; null: nowhere
   void* row_moment;     // of this block's first row; null for `column`
   void* column_moment;  // of the parameter's first column; null for `row`
   void* decay;          // of this block's first row (`row`, `factored`) or the parameter's first column (`column`)
@@ -41,11 +50,13 @@ struct Block {
   int64_t row_work, column_work;
   int64_t column_start;  // this block's first column among the parameter's
   int64_t columns;       // in the first block of a parameter: how many columns it has here; in the others: 0
+  int64_t first;  // number of this block's first element among the parameter's, row-major: what random numbers count by
+  int64_t hyper;  // its row of Hypers
   Moments moments;
-  Hyper hyper;
 };
 
-// The types of all blocks in one call. `momentum` may be the compute type or bf16.
+// The types of all blocks in one call. `momentum` may be the compute type or bf16. low_param has the type of the
+// gradient, which is bf16 or f16 then, and the parameter is f32.
 struct Types {
   Dtype param, grad, momentum;
 };
@@ -60,21 +71,21 @@ struct Work {
 // `step` is all three for blocks whose rows and columns are complete in this process. Each returns 0 or an error code
 // of the device's runtime (CUDA).
 namespace cpu {
-void sums(const Block* blocks, int64_t n, Types types, Work work);
-void slots(const Block* blocks, int64_t n, Types types, Work work);
-void update(const Block* blocks, int64_t n, Types types, Work work);
-void step(const Block* blocks, int64_t n, Types types, Work work);
+void sums(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work);
+void slots(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work);
+void update(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work);
+void step(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work);
 const char* instruction_set();   // the one chosen on this machine
 const char* instruction_sets();  // those compiled, separated by ';'
 }  // namespace cpu
 
 namespace cuda {
-int sums(const Block* blocks, int64_t n, Types types, Work work, void* scratch, void* stream);
-int slots(const Block* blocks, int64_t n, Types types, Work work, void* scratch, void* stream);
-int update(const Block* blocks, int64_t n, Types types, Work work, void* scratch, void* stream);
-int step(const Block* blocks, int64_t n, Types types, Work work, void* scratch, void* stream);
-int64_t scratch_bytes(const Block* blocks, int64_t n,
-                      Types types);  // device memory that the four need between launches
+int sums(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work, void* scratch, void* stream);
+int slots(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work, void* scratch, void* stream);
+int update(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work, void* scratch, void* stream);
+int step(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work, void* scratch, void* stream);
+// Device memory that one of the four needs from its first launch to its last.
+int64_t scratch_bytes(const Block* blocks, int64_t n, Types types, Hypers hypers);
 const char* error_string(int code);
 const char* architectures();
 }  // namespace cuda

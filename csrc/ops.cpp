@@ -2,10 +2,13 @@
 // LibTorch's stable ABI only, so that one file serves torch 2.11 and later, CPU and CUDA builds, Python 3.10 and later.
 //
 // Arguments that all four share:
-//   param, grad, momentum, row_moment, column_moment, decay: one entry for each tensor (a whole parameter or a flat
-//       partition of many); state entries that a tensor lacks are empty tensors; momentum may be an empty list.
-//   work: 3 x n, see block.h.   blocks: int64 [blocks, 14], hyper: float64 [blocks, 11], both on the CPU; the fields of
-//       a row are those of read_blocks below.   names: one line for each tensor, for messages.
+//   param, grad, momentum, low_param: one entry for each tensor (a whole parameter or a flat partition of many);
+//       momentum and low_param may be empty lists.
+//   state: one vector with the second moments and decays of all tensors, in the compute type.
+//   work: 3 x n, see block.h.
+//   blocks: int64 [blocks, 16], on the CPU; the fields of a row are those of read_block below.
+//   hyper: float64 [parameters, 12], see block.h; on the CPU, or, so that a CUDA graph can change it, on the device.
+//   names: one line for each tensor, for messages.
 #include <Python.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -25,7 +28,7 @@ using Tensors = std::vector<Tensor>;
 namespace amos {
 namespace {
 
-constexpr int64_t kBlockFields = 14;
+constexpr int64_t kBlockFields = 16;
 
 const char* type_name(ScalarType t) {
   switch (t) {
@@ -57,11 +60,6 @@ std::string called(const char* list, int64_t index, const std::string& names) {
   return text;
 }
 
-void expect(const Tensor& t, ScalarType type, const char* list, int64_t index, const std::string& names) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous(), called(list, index, names), ": expected contiguous ",
-                  type_name(type), ", got ", t.is_contiguous() ? "" : "non-contiguous ", type_name(t.scalar_type()));
-}
-
 ScalarType compute_type(ScalarType param) {
   return param == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -83,147 +81,166 @@ Dtype dtype_of(const Tensor& t, const char* list, int64_t index, const std::stri
   }
 }
 
+int64_t size_of(Dtype type) { return type == Dtype::f64 ? 8 : type == Dtype::f32 ? 4 : 2; }
+
 struct Lists {
-  const Tensors *param = nullptr, *grad = nullptr, *momentum = nullptr;
-  const Tensors *row_moment = nullptr, *column_moment = nullptr, *decay = nullptr;
+  const Tensors *param = nullptr, *grad = nullptr, *momentum = nullptr, *low_param = nullptr;
+  const Tensor* state = nullptr;
 };
 
 struct Call {
   std::vector<Block> blocks;
   Types types{Dtype::f32, Dtype::f32, Dtype::f32};
+  Hypers hypers{};
   Work work{};
   Tensor device_tensor;
 };
 
-// As many entries as there are tensors, all on one device. First of all checks: the others look at the first entry.
-void check_size_and_device(const Tensors* list, const char* name, size_t count, const Tensor& work,
-                           const std::string& names) {
-  if (!list) return;
+bool given(const Tensors* list) { return list && !list->empty(); }
+
+// As many entries as there are tensors, each contiguous, of one dtype and on the device of the workspace.
+void check(const Tensors* list, const char* name, size_t count, ScalarType type, const Tensor& work,
+           const std::string& names) {
+  if (!given(list)) return;
   STD_TORCH_CHECK(list->size() == count, name, ": expected ", count, " tensors, got ", list->size());
-  for (size_t i = 0; i < count; ++i)
-    STD_TORCH_CHECK((*list)[i].device() == work.device(), called(name, int64_t(i), names),
+  const auto device = work.device();
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& t = (*list)[i];
+    STD_TORCH_CHECK(t.device() == device, called(name, int64_t(i), names),
                     ": expected it on the device of the workspace");
+    STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous(), called(name, int64_t(i), names),
+                    ": expected contiguous ", type_name(type), ", got ", t.is_contiguous() ? "" : "non-contiguous ",
+                    type_name(t.scalar_type()));
+  }
 }
 
-// All entries of one list contiguous and of one dtype.
-void check_types(const Tensors* list, const char* name, ScalarType type, const std::string& names) {
-  for (size_t i = 0; list && i < list->size(); ++i) expect((*list)[i], type, name, int64_t(i), names);
-}
-
-char* at(const Tensors* list, int64_t index, int64_t offset, int64_t count, const char* name,
+// Where `count` elements from number `offset` on lie; null where no tensor has such a list.
+char* at(const Tensors* list, int64_t index, int64_t offset, int64_t count, Dtype type, const char* name,
          const std::string& names) {
-  if (!list || list->empty()) return nullptr;
+  if (!given(list)) return nullptr;
   const Tensor& t = (*list)[index];
+  const int64_t numel = t.numel();
   // Compared without adding: an offset near 2^63 must not wrap around.
-  STD_TORCH_CHECK(offset >= 0 && count >= 0 && offset <= t.numel() && count <= t.numel() - offset,
-                  called(name, index, names), ": expected at least ", count, " elements from number ", offset,
-                  " on, got ", t.numel());
-  return static_cast<char*>(t.data_ptr()) + offset * t.element_size();
+  STD_TORCH_CHECK(offset >= 0 && count >= 0 && offset <= numel && count <= numel - offset, called(name, index, names),
+                  ": expected at least ", count, " elements from number ", offset, " on, got ", numel);
+  return static_cast<char*>(t.data_ptr()) + offset * size_of(type);
+}
+
+// The same for the buffer of the state.
+char* state_at(const Tensor& state, int64_t offset, int64_t count, int64_t i) {
+  STD_TORCH_CHECK(offset >= 0 && count >= 0 && offset <= state.numel() && count <= state.numel() - offset, "blocks[", i,
+                  "]: expected ", count, " elements of state from number ", offset, " on, got ", state.numel());
+  return static_cast<char*>(state.data_ptr()) + offset * state.element_size();
+}
+
+Types read_types(const Lists& lists, size_t count, const Tensor& work, const std::string& names) {
+  const ScalarType compute = work.scalar_type();
+  STD_TORCH_CHECK(compute == ScalarType::Float || compute == ScalarType::Double,
+                  "work: expected float32 or float64, got ", type_name(compute));
+  const Dtype wide = compute == ScalarType::Double ? Dtype::f64 : Dtype::f32;
+  Types types{wide, wide, wide};
+  if (given(lists.param)) {
+    const ScalarType type = (*lists.param)[0].scalar_type();
+    types.param = types.grad = dtype_of((*lists.param)[0], "param", 0, names);
+    STD_TORCH_CHECK(compute_type(type) == compute, called("param", 0, names), ": expected a dtype that is computed in ",
+                    type_name(compute), ", got ", type_name(type));
+    check(lists.param, "param", count, type, work, names);
+  }
+  if (given(lists.grad)) {
+    const ScalarType type = (*lists.grad)[0].scalar_type();
+    types.grad = dtype_of((*lists.grad)[0], "grad", 0, names);
+    // `sums_` sees no parameters: a gradient in half precision is as good there.
+    const bool low = types.param == Dtype::f32 && types.grad != Dtype::f64;
+    STD_TORCH_CHECK(types.grad == types.param || low, called("grad", 0, names),
+                    ": expected the parameter's dtype (float32 parameters also take bfloat16 and float16), got ",
+                    type_name(type));
+    check(lists.grad, "grad", count, type, work, names);
+  }
+  if (given(lists.momentum)) {
+    const ScalarType type = (*lists.momentum)[0].scalar_type();
+    types.momentum = dtype_of((*lists.momentum)[0], "momentum", 0, names);
+    STD_TORCH_CHECK(type == compute || (type == ScalarType::BFloat16 && compute == ScalarType::Float),
+                    called("momentum", 0, names), ": expected ", type_name(compute),
+                    " or, with float32, bfloat16, got ", type_name(type));
+    check(lists.momentum, "momentum", count, type, work, names);
+  }
+  if (given(lists.low_param)) {
+    const ScalarType type = given(lists.grad) ? (*lists.grad)[0].scalar_type() : compute;
+    STD_TORCH_CHECK(types.param == Dtype::f32 && (types.grad == Dtype::bf16 || types.grad == Dtype::f16),
+                    called("low_param", 0, names), ": expected float32 parameters with bfloat16 or float16 gradients");
+    check(lists.low_param, "low_param", count, type, work, names);
+  }
+  if (lists.state)
+    STD_TORCH_CHECK(lists.state->device() == work.device() && lists.state->scalar_type() == compute &&
+                        lists.state->is_contiguous() && lists.state->dim() == 1,
+                    "state: expected a contiguous vector of ", type_name(compute), " on the device of the workspace");
+  return types;
+}
+
+Block read_block(const int64_t* f, int64_t i, const Lists& lists, size_t count, Types types, int64_t hypers,
+                 int64_t plane, const std::string& names) {
+  const int64_t tensor = f[0], offset = f[1], rows = f[2], cols = f[3], hyper = f[14], first = f[15];
+  STD_TORCH_CHECK(tensor >= 0 && (tensor < int64_t(count) || !lists.grad) && rows >= 0 && cols >= 0 && f[4] >= 0 &&
+                      f[4] <= 2 && f[5] > 0 && f[6] > 0 && hyper >= 0 && hyper < hypers && first >= 0,
+                  "blocks[", i, "]: a field is out of range");
+  const auto moments = static_cast<Moments>(f[4]);
+  const bool has_rows = moments != Moments::column, has_columns = moments != Moments::row;
+  const int64_t row_work = has_rows ? f[10] : 0, column_work = has_columns ? f[11] : 0,
+                column_start = has_columns ? f[12] : 0, columns = has_columns ? f[13] : 0;
+  for (int64_t place : {row_work, column_work, column_start, columns})  // so that their sums below cannot wrap around
+    STD_TORCH_CHECK(place >= 0 && place <= plane, "blocks[", i, "]: reaches beyond the workspace of ", plane,
+                    " elements");
+  STD_TORCH_CHECK(rows == 0 || cols <= std::numeric_limits<int64_t>::max() / 2 / rows, "blocks[", i, "]: too large");
+  // Only rows that a phase writes need a place in the workspace: `step` keeps those of `row` moments on chip.
+  STD_TORCH_CHECK((!has_rows || moments == Moments::row || rows <= plane - row_work) &&
+                      (!has_columns || cols <= plane - column_work - column_start) && columns <= plane - column_work,
+                  "blocks[", i, "]: reaches beyond the workspace of ", plane, " elements");
+  Block b{};
+  b.param = at(lists.param, tensor, offset, rows * cols, types.param, "param", names);
+  b.grad = at(lists.grad, tensor, offset, rows * cols, types.grad, "grad", names);
+  b.momentum = at(lists.momentum, tensor, offset, rows * cols, types.momentum, "momentum", names);
+  b.low_param = at(lists.low_param, tensor, offset, rows * cols, types.grad, "low_param", names);
+  if (lists.state) {
+    if (has_rows) b.row_moment = state_at(*lists.state, f[7], rows, i);
+    if (has_columns) b.column_moment = state_at(*lists.state, f[8], columns, i);
+    b.decay = state_at(*lists.state, f[9], has_rows ? rows : columns, i);
+  }
+  b.rows = rows;
+  b.cols = cols;
+  b.row_count = f[5];
+  b.column_count = f[6];
+  b.row_work = row_work;
+  b.column_work = column_work;
+  b.column_start = column_start;
+  b.columns = columns;
+  b.first = first;
+  b.hyper = hyper;
+  b.moments = moments;
+  return b;
 }
 
 Call read(const Lists& lists, const Tensor& work, const Tensor& blocks, const Tensor& hyper, const std::string& names) {
-  Call call{{}, {}, {}, work};
-  const Tensors* any = lists.grad ? lists.grad : lists.row_moment;
-  const size_t count = any->size();
+  Call call{{}, {}, {}, {}, work};
+  const size_t count = lists.grad ? lists.grad->size() : 0;
   STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Long && blocks.is_contiguous() && blocks.dim() == 2 &&
                       blocks.size(1) == kBlockFields && blocks.is_cpu(),
                   "blocks: expected a contiguous int64 CPU tensor of shape [n, ", kBlockFields, "]");
   STD_TORCH_CHECK(hyper.scalar_type() == ScalarType::Double && hyper.is_contiguous() && hyper.dim() == 2 &&
-                      hyper.size(0) == blocks.size(0) && hyper.size(1) == kHyperFields && hyper.is_cpu(),
-                  "hyper: expected a contiguous float64 CPU tensor of shape [", blocks.size(0), ", ", kHyperFields,
-                  "]");
+                      hyper.size(1) == kHyperFields && (hyper.is_cpu() || hyper.device() == work.device()),
+                  "hyper: expected a contiguous float64 tensor of shape [n, ", kHyperFields,
+                  "] on the CPU or on the device of the workspace");
   STD_TORCH_CHECK(work.dim() == 2 && work.size(0) == 3 && work.is_contiguous(),
                   "work: expected a contiguous tensor of shape [3, n]");
-  if (count == 0 || blocks.size(0) == 0) return call;
-
-  const bool has_momentum = lists.momentum && !lists.momentum->empty();
-  check_size_and_device(lists.param, "param", count, work, names);
-  check_size_and_device(lists.grad, "grad", count, work, names);
-  check_size_and_device(has_momentum ? lists.momentum : nullptr, "momentum", count, work, names);
-  check_size_and_device(lists.row_moment, "row_moment", count, work, names);
-  check_size_and_device(lists.column_moment, "column_moment", count, work, names);
-  check_size_and_device(lists.decay, "decay", count, work, names);
-  const ScalarType compute = work.scalar_type();
-  STD_TORCH_CHECK(compute == ScalarType::Float || compute == ScalarType::Double,
-                  "work: expected float32 or float64, got ", type_name(compute));
-  if (lists.param) {
-    const ScalarType type = (*lists.param)[0].scalar_type();
-    call.types.param = dtype_of((*lists.param)[0], "param", 0, names);
-    STD_TORCH_CHECK(compute_type(type) == compute, called("param", 0, names), ": expected a dtype that is computed in ",
-                    type_name(compute), ", got ", type_name(type));
-    check_types(lists.param, "param", type, names);
-  } else {
-    call.types.param = compute == ScalarType::Double ? Dtype::f64 : Dtype::f32;
-  }
-  if (lists.grad) {
-    const ScalarType type = (*lists.grad)[0].scalar_type();
-    call.types.grad = dtype_of((*lists.grad)[0], "grad", 0, names);
-    const bool same = call.types.grad == call.types.param;
-    const bool low = call.types.param == Dtype::f32 && call.types.grad != Dtype::f64;
-    STD_TORCH_CHECK(same || low, called("grad", 0, names),
-                    ": expected the parameter's dtype (float32 parameters also take bfloat16 and float16), got ",
-                    type_name(type));
-    check_types(lists.grad, "grad", type, names);
-  } else {
-    call.types.grad = call.types.param;
-  }
-  call.types.momentum = compute == ScalarType::Double ? Dtype::f64 : Dtype::f32;
-  if (has_momentum) {
-    const ScalarType type = (*lists.momentum)[0].scalar_type();
-    call.types.momentum = dtype_of((*lists.momentum)[0], "momentum", 0, names);
-    STD_TORCH_CHECK(type == compute || (type == ScalarType::BFloat16 && compute == ScalarType::Float),
-                    called("momentum", 0, names), ": expected ", type_name(compute),
-                    " or, with float32, bfloat16, got ", type_name(type));
-    check_types(lists.momentum, "momentum", type, names);
-  }
-  check_types(lists.row_moment, "row_moment", compute, names);
-  check_types(lists.column_moment, "column_moment", compute, names);
-  check_types(lists.decay, "decay", compute, names);
-
+  if (blocks.size(0) == 0) return call;
+  STD_TORCH_CHECK(!lists.param || !lists.param->empty(), "param: expected ", count, " tensors, got 0");
+  call.types = read_types(lists, count, work, names);
+  call.hypers = {static_cast<const Hyper*>(hyper.data_ptr()), hyper.size(0), !hyper.is_cpu()};
   call.work = {work.data_ptr(), work.size(1)};
-  const auto* f = static_cast<const int64_t*>(blocks.data_ptr());
-  const auto* h = static_cast<const double*>(hyper.data_ptr());
+  const auto* fields = static_cast<const int64_t*>(blocks.data_ptr());
   call.blocks.reserve(blocks.size(0));
-  for (int64_t i = 0; i < blocks.size(0); ++i, f += kBlockFields, h += kHyperFields) {
-    const int64_t tensor = f[0], offset = f[1], rows = f[2], cols = f[3], row_state = f[7], column_state = f[8],
-                  decay_state = f[9];
-    STD_TORCH_CHECK(tensor >= 0 && tensor < int64_t(count) && rows >= 0 && cols >= 0 && f[4] >= 0 && f[4] <= 2 &&
-                        f[5] > 0 && f[6] > 0,
-                    "blocks[", i, "]: a field is out of range");
-    const auto moments = static_cast<Moments>(f[4]);
-    const bool has_rows = moments != Moments::column, has_columns = moments != Moments::row;
-    const int64_t row_work = has_rows ? f[10] : 0, column_work = has_columns ? f[11] : 0,
-                  column_start = has_columns ? f[12] : 0, columns = has_columns ? f[13] : 0;
-    for (int64_t place : {row_work, column_work, column_start, columns})  // so that their sums below cannot wrap around
-      STD_TORCH_CHECK(place >= 0 && place <= work.size(1), "blocks[", i, "]: reaches beyond the workspace of ",
-                      work.size(1), " elements");
-    STD_TORCH_CHECK(rows == 0 || cols <= std::numeric_limits<int64_t>::max() / 2 / rows, "blocks[", i, "]: too large");
-    // Only rows that a phase writes need a place in the workspace: `step` keeps those of `row` moments on chip.
-    STD_TORCH_CHECK((!has_rows || moments == Moments::row || rows <= work.size(1) - row_work) &&
-                        (!has_columns || cols <= work.size(1) - column_work - column_start) &&
-                        columns <= work.size(1) - column_work,
-                    "blocks[", i, "]: reaches beyond the workspace of ", work.size(1), " elements");
-    Block b{};
-    b.param = at(lists.param, tensor, offset, rows * cols, "param", names);
-    b.grad = at(lists.grad, tensor, offset, rows * cols, "grad", names);
-    b.momentum = at(lists.momentum, tensor, offset, rows * cols, "momentum", names);
-    if (lists.decay) {
-      if (has_rows) b.row_moment = at(lists.row_moment, tensor, row_state, rows, "row_moment", names);
-      if (has_columns) b.column_moment = at(lists.column_moment, tensor, column_state, columns, "column_moment", names);
-      b.decay = at(lists.decay, tensor, decay_state, has_rows ? rows : columns, "decay", names);
-    }
-    b.rows = rows;
-    b.cols = cols;
-    b.row_count = f[5];
-    b.column_count = f[6];
-    b.row_work = row_work;
-    b.column_work = column_work;
-    b.column_start = column_start;
-    b.columns = columns;
-    b.moments = moments;
-    b.hyper = {h[0], h[1], h[2], h[3], h[4], h[5], h[6], h[7], h[8], h[9], h[10]};
-    call.blocks.push_back(b);
-  }
+  for (int64_t i = 0; i < blocks.size(0); ++i)
+    call.blocks.push_back(
+        read_block(fields + i * kBlockFields, i, lists, count, call.types, call.hypers.count, call.work.plane, names));
   return call;
 }
 
@@ -245,16 +262,16 @@ void expect_whole(const Call& call) {
   }
 }
 
-using CpuPhase = void (*)(const Block*, int64_t, Types, Work);
+using CpuPhase = void (*)(const Block*, int64_t, Types, Hypers, Work);
 void run_cpu(CpuPhase phase, const Call& call) {
-  phase(call.blocks.data(), int64_t(call.blocks.size()), call.types, call.work);
+  phase(call.blocks.data(), int64_t(call.blocks.size()), call.types, call.hypers, call.work);
 }
 
 #ifdef AMOS_WITH_CUDA
 extern "C"
     __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t, void**);  // not in CPU builds of torch
 
-using CudaPhase = int (*)(const Block*, int64_t, Types, Work, void*, void*);
+using CudaPhase = int (*)(const Block*, int64_t, Types, Hypers, Work, void*, void*);
 void run_cuda(CudaPhase phase, const Call& call) {
   if (call.blocks.empty()) return;
   const int32_t device = call.device_tensor.get_device_index();
@@ -262,43 +279,43 @@ void run_cuda(CudaPhase phase, const Call& call) {
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(device, &stream) == 0,
                   "amos_dist: this build of torch has no CUDA stream; install a CUDA build of torch");
-  const int64_t n = int64_t(call.blocks.size()), bytes = cuda::scratch_bytes(call.blocks.data(), n, call.types);
+  const int64_t n = int64_t(call.blocks.size());
+  const int64_t bytes = cuda::scratch_bytes(call.blocks.data(), n, call.types, call.hypers);
   Tensor scratch = torch::stable::new_empty(call.device_tensor, {bytes}, ScalarType::Byte);
-  const int code = phase(call.blocks.data(), n, call.types, call.work, scratch.data_ptr(), stream);
+  const int code = phase(call.blocks.data(), n, call.types, call.hypers, call.work, scratch.data_ptr(), stream);
   STD_TORCH_CHECK(code == 0, "amos_dist: CUDA error ", code, ": ", cuda::error_string(code));
 }
 #endif
 
-#define AMOS_OPS(NAME, RUN, SPACE)                                                                            \
-  void sums_##NAME(Tensors grad, Tensor work, Tensor blocks, Tensor hyper, std::string names) {               \
-    Lists l;                                                                                                  \
-    l.grad = &grad;                                                                                           \
-    const Call call = read(l, work, blocks, hyper, names);                                                    \
-    expect_row_work(call);                                                                                    \
-    RUN(&SPACE::sums, call);                                                                                  \
-  }                                                                                                           \
-  void slots_##NAME(Tensors row_moment, Tensors column_moment, Tensors decay, Tensor work, Tensor blocks,     \
-                    Tensor hyper, std::string names) {                                                        \
-    Lists l;                                                                                                  \
-    l.row_moment = &row_moment, l.column_moment = &column_moment, l.decay = &decay;                           \
-    const Call call = read(l, work, blocks, hyper, names);                                                    \
-    expect_row_work(call);                                                                                    \
-    RUN(&SPACE::slots, call);                                                                                 \
-  }                                                                                                           \
-  void update_##NAME(Tensors param, Tensors grad, Tensors momentum, Tensor work, Tensor blocks, Tensor hyper, \
-                     std::string names) {                                                                     \
-    Lists l;                                                                                                  \
-    l.param = &param, l.grad = &grad, l.momentum = &momentum;                                                 \
-    const Call call = read(l, work, blocks, hyper, names);                                                    \
-    expect_row_work(call);                                                                                    \
-    RUN(&SPACE::update, call);                                                                                \
-  }                                                                                                           \
-  void step_##NAME(Tensors param, Tensors grad, Tensors momentum, Tensors row_moment, Tensors column_moment,  \
-                   Tensors decay, Tensor work, Tensor blocks, Tensor hyper, std::string names) {              \
-    const Call call =                                                                                         \
-        read({&param, &grad, &momentum, &row_moment, &column_moment, &decay}, work, blocks, hyper, names);    \
-    expect_whole(call);                                                                                       \
-    RUN(&SPACE::step, call);                                                                                  \
+#define AMOS_OPS(NAME, RUN, SPACE)                                                                                 \
+  void sums_##NAME(const Tensors& grad, const Tensor& work, const Tensor& blocks, const Tensor& hyper,             \
+                   const std::string& names) {                                                                     \
+    Lists l;                                                                                                       \
+    l.grad = &grad;                                                                                                \
+    const Call call = read(l, work, blocks, hyper, names);                                                         \
+    expect_row_work(call);                                                                                         \
+    RUN(&SPACE::sums, call);                                                                                       \
+  }                                                                                                                \
+  void slots_##NAME(const Tensor& state, const Tensor& work, const Tensor& blocks, const Tensor& hyper,            \
+                    const std::string& names) {                                                                    \
+    Lists l;                                                                                                       \
+    l.state = &state;                                                                                              \
+    const Call call = read(l, work, blocks, hyper, names);                                                         \
+    expect_row_work(call);                                                                                         \
+    RUN(&SPACE::slots, call);                                                                                      \
+  }                                                                                                                \
+  void update_##NAME(const Tensors& param, const Tensors& grad, const Tensors& momentum, const Tensors& low_param, \
+                     const Tensor& work, const Tensor& blocks, const Tensor& hyper, const std::string& names) {    \
+    const Call call = read({&param, &grad, &momentum, &low_param}, work, blocks, hyper, names);                    \
+    expect_row_work(call);                                                                                         \
+    RUN(&SPACE::update, call);                                                                                     \
+  }                                                                                                                \
+  void step_##NAME(const Tensors& param, const Tensors& grad, const Tensors& momentum, const Tensors& low_param,   \
+                   const Tensor& state, const Tensor& work, const Tensor& blocks, const Tensor& hyper,             \
+                   const std::string& names) {                                                                     \
+    const Call call = read({&param, &grad, &momentum, &low_param, &state}, work, blocks, hyper, names);            \
+    expect_whole(call);                                                                                            \
+    RUN(&SPACE::step, call);                                                                                       \
   }
 
 AMOS_OPS(cpu, run_cpu, cpu)
@@ -311,15 +328,13 @@ AMOS_OPS(cuda, run_cuda, cuda)
 
 STABLE_TORCH_LIBRARY(amos_dist, m) {
   m.def("sums_(Tensor[] grad, Tensor(a!) work, Tensor blocks, Tensor hyper, str names) -> ()");
+  m.def("slots_(Tensor(a!) state, Tensor(b!) work, Tensor blocks, Tensor hyper, str names) -> ()");
   m.def(
-      "slots_(Tensor(a!)[] row_moment, Tensor(b!)[] column_moment, Tensor(c!)[] decay, Tensor(d!) work, Tensor blocks, "
-      "Tensor hyper, str names) -> ()");
+      "update_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum, Tensor(c!)[] low_param, Tensor work, "
+      "Tensor blocks, Tensor hyper, str names) -> ()");
   m.def(
-      "update_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum, Tensor work, Tensor blocks, Tensor hyper, "
-      "str names) -> ()");
-  m.def(
-      "step_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum, Tensor(c!)[] row_moment, "
-      "Tensor(d!)[] column_moment, Tensor(e!)[] decay, Tensor(f!) work, Tensor blocks, Tensor hyper, str names) -> ()");
+      "step_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum, Tensor(c!)[] low_param, Tensor(d!) state, "
+      "Tensor(e!) work, Tensor blocks, Tensor hyper, str names) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(amos_dist, CPU, m) {

@@ -27,10 +27,31 @@ using Compute = typename std::conditional<std::is_same<P, double>::value, double
 constexpr int kLanes = 64;             // partial sums in a chunk: enough to hide the adder's latency
 constexpr int64_t kChunk = 4096;       // elements that one float sum covers
 constexpr int64_t kColumnSplits = 16;  // row ranges whose column sums are made apart, then joined in order
+constexpr int64_t kTileCols = 1024;    // columns of such a range at a time: their sums and a few rows fit in L1
 constexpr int64_t kGrain = 32768;      // elements that are worth a thread
+constexpr int64_t kAhead = 1024;       // elements; see kernels.inl
+constexpr int64_t kTileRows = 32;      // rows of such a tile that the second pass takes at a time
+
+// How a new parameter is written: in its own type; also to low_param; in bf16 with stochastic rounding.
+enum class Write { plain, low, stochastic };
+
+// A matrix, or a part of one, in memory. index: the number of its first element in the parameter.
+template <class P, class G, class M>
+struct Elements {
+  P* theta;
+  const G* g;
+  M* m;
+  G* low;
+  int64_t index, cols, row_count;
+
+  Elements at(int64_t row, int64_t column) const {
+    const int64_t i = row * cols + column;
+    return {theta + i, g + i, m ? m + i : m, low ? low + i : low, index + row * row_count + column, cols, row_count};
+  }
+};
 
 struct Span {
-  int64_t r0, r1, c0, c1, cols;
+  int64_t r0, r1, c0, c1;
 };
 
 // Where a block's coefficients are in the workspace; see block.h.
@@ -44,15 +65,16 @@ template <class T, class G>
 struct SumKernels {
   void (*rows)(const G*, int64_t cols, T clip, int64_t first, int64_t last, T* out);
   void (*chunks)(const G*, int64_t n, T clip, int64_t first, int64_t last, double* out);
-  void (*columns)(const G*, int64_t cols, T clip, int64_t first, int64_t last, T* rows, T* columns);
+  void (*columns)(const G*, int64_t cols, int64_t n, T clip, int64_t first, int64_t last, double* rows, int64_t stride,
+                  T* columns);
 };
 template <class P, class G, class M>
 struct UpdateKernels {
   using T = Compute<P>;
-  void (*rows)(P*, const G*, M*, const Span&, Moments, const Planes<T>&, const Consts<T>&);
-  void (*row_steps)(P*, const G*, M*, int64_t cols, int64_t r0, int64_t r1, int64_t row_count, T* moment, T* decay,
-                    const Consts<T>&);
-  void (*element_steps)(P*, const G*, M*, int64_t r0, int64_t r1, T* moment, T* decay, const Consts<T>&);
+  using E = Elements<P, G, M>;
+  void (*rows)(const E&, const Span&, Moments, const Planes<T>&, const Consts<T>&);
+  void (*row_steps)(const E&, int64_t r0, int64_t r1, int64_t row_count, T* moment, T* decay, const Consts<T>&);
+  void (*element_steps)(const E&, int64_t r0, int64_t r1, T* moment, T* decay, const Consts<T>&);
 };
 
 #define AMOS_ISA baseline
@@ -109,13 +131,21 @@ SumKernels<T, G> pick_sums() {
 #endif
   return baseline::sum_kernels<T, G>();
 }
-template <class P, class G, class M>
+template <Write write, class P, class G, class M>
 UpdateKernels<P, G, M> pick_updates() {
 #ifdef AMOS_X86
-  if (kIsa == Isa::avx512) return avx512::update_kernels<P, G, M>();
-  if (kIsa == Isa::avx2) return avx2::update_kernels<P, G, M>();
+  if (kIsa == Isa::avx512) return avx512::update_kernels<write, P, G, M>();
+  if (kIsa == Isa::avx2) return avx2::update_kernels<write, P, G, M>();
 #endif
-  return baseline::update_kernels<P, G, M>();
+  return baseline::update_kernels<write, P, G, M>();
+}
+template <class P, class G, class M>
+UpdateKernels<P, G, M> pick_updates(const Block& b, const Consts<Compute<P>>& k) {
+  if constexpr (std::is_same<P, float>::value && !std::is_same<G, float>::value)
+    if (b.low_param) return pick_updates<Write::low, P, G, M>();
+  if constexpr (std::is_same<P, BFloat16>::value)
+    if (k.stochastic) return pick_updates<Write::stochastic, P, G, M>();
+  return pick_updates<Write::plain, P, G, M>();
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -130,6 +160,13 @@ void parallel(int64_t n, int64_t elements_each, const F& f) {
     torch::stable::parallel_for(0, n, grain, f);
 }
 
+// Memory for partial sums, kept from call to call: a step allocates nothing that grows with the parameters.
+double* scratch(int64_t count) {
+  static thread_local std::vector<double> memory;
+  if (int64_t(memory.size()) < count) memory.resize(count);
+  return memory.data();
+}
+
 template <class T>
 Planes<T> planes_of(const Block& b, Work work) {
   T* w = static_cast<T*>(work.data);
@@ -137,151 +174,202 @@ Planes<T> planes_of(const Block& b, Work work) {
   return {rows, rows + work.plane, rows + 2 * work.plane, columns, columns + work.plane};
 }
 
+template <class P, class G, class M>
+Elements<P, G, M> elements_of(const Block& b) {
+  return {static_cast<P*>(b.param),
+          static_cast<const G*>(b.grad),
+          static_cast<M*>(b.momentum),
+          static_cast<G*>(b.low_param),
+          b.first,
+          b.cols,
+          b.row_count};
+}
+
+double sum_of(const double* parts, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += parts[i];
+  return sum;
+}
+
 template <class T, class G>
-void block_sums(const Block& b, Work work) {
+void row_block_sums(const Block& b, T clip, T* out) {
   const SumKernels<T, G> kernels = pick_sums<T, G>();
   const G* g = static_cast<const G*>(b.grad);
-  const T clip = T(b.hyper.clip);
-  const Planes<T> planes = planes_of<T>(b, work);
-  if (b.moments == Moments::row) {
-    const int64_t chunks = ceil_div(b.cols, kChunk);
-    if (b.rows > 1 || chunks == 1) {
-      parallel(b.rows, b.cols, [&](int64_t r0, int64_t r1) { kernels.rows(g, b.cols, clip, r0, r1, planes.A); });
-    } else {  // one long row (moments = "scalar"): threads take chunks of it
-      std::vector<double> parts(chunks);
-      parallel(chunks, kChunk, [&](int64_t k0, int64_t k1) { kernels.chunks(g, b.cols, clip, k0, k1, parts.data()); });
-      double sum = 0;
-      for (double part : parts) sum += part;
-      planes.A[0] = T(sum);
-    }
-    return;
+  const int64_t chunks = ceil_div(b.cols, kChunk);
+  if (b.rows > 1 || chunks == 1) {
+    parallel(b.rows, b.cols, [&](int64_t r0, int64_t r1) { kernels.rows(g, b.cols, clip, r0, r1, out); });
+  } else {  // one long row (moments = "scalar"): threads take chunks of it
+    double* parts = scratch(chunks);
+    parallel(chunks, kChunk, [&](int64_t k0, int64_t k1) { kernels.chunks(g, b.cols, clip, k0, k1, parts); });
+    out[0] = T(sum_of(parts, chunks));
   }
-  T* rows = b.moments == Moments::factored ? planes.A : nullptr;
+}
+
+// Row and column sums in one reading. A task is a range of rows and a tile of columns.
+template <class T, class G>
+void tile_sums(const Block& b, T clip, T* rows, T* columns) {
+  const SumKernels<T, G> kernels = pick_sums<T, G>();
+  const G* g = static_cast<const G*>(b.grad);
   const int64_t each = ceil_div(std::max<int64_t>(64, ceil_div(b.rows, kColumnSplits)), 4) * 4;
-  const int64_t splits = ceil_div(b.rows, each);
-  std::vector<T> parts(splits * b.cols);
-  parallel(splits, each * b.cols, [&](int64_t s0, int64_t s1) {
-    for (int64_t s = s0; s < s1; ++s)
-      kernels.columns(g, b.cols, clip, s * each, std::min(b.rows, (s + 1) * each), rows, parts.data() + s * b.cols);
+  const int64_t splits = ceil_div(b.rows, each), tiles = ceil_div(b.cols, kTileCols);
+  double* row_parts = scratch(b.rows * tiles + splits * b.cols);  // [row][tile], then [split][column]
+  T* column_parts = reinterpret_cast<T*>(row_parts + b.rows * tiles);
+  parallel(splits * tiles, each * std::min(b.cols, kTileCols), [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t split = task / tiles, tile = task % tiles;
+      const int64_t r0 = split * each, c0 = tile * kTileCols, n = std::min(kTileCols, b.cols - c0);
+      T* out = column_parts + split * b.cols + c0;
+      std::fill(out, out + n, T(0));
+      kernels.columns(g + c0, b.cols, n, clip, r0, std::min(b.rows, r0 + each), row_parts + tile, tiles, out);
+    }
   });
+  if (rows)
+    for (int64_t r = 0; r < b.rows; ++r) rows[r] = T(sum_of(row_parts + r * tiles, tiles));
   for (int64_t s = 0; s < splits; ++s)
-    for (int64_t c = 0; c < b.cols; ++c) planes.P[c] += parts[s * b.cols + c];
+    for (int64_t c = 0; c < b.cols; ++c) columns[c] += column_parts[s * b.cols + c];
+}
+
+template <class T, class G>
+void block_sums(const Block& b, const Consts<T>& k, Work work) {
+  const Planes<T> planes = planes_of<T>(b, work);
+  if (b.moments == Moments::row)
+    row_block_sums<T, G>(b, k.clip, planes.A);
+  else
+    tile_sums<T, G>(b, k.clip, b.moments == Moments::factored ? planes.A : nullptr, planes.P);
 }
 
 template <class T>
-void block_slots(const Block& b, Work work) {
-  const Consts<T> k = make_consts<T>(b.hyper);
-  const Planes<T> planes = planes_of<T>(b, work);
-  T* decay = static_cast<T*>(b.decay);
-  if (b.moments != Moments::column) {
-    T* moment = static_cast<T*>(b.row_moment);
-    parallel(b.rows, 64, [&](int64_t r0, int64_t r1) {
-      for (int64_t r = r0; r < r1; ++r) {
-        const T G = planes.A[r] / T(b.row_count);
-        moment[r] = next_moment(moment[r], G, k);
-        const Coefs<T> c = coefficients(G, moment[r], decay[r], k);
-        planes.A[r] = c.A;
-        planes.B[r] = c.B;
-        if (b.moments == Moments::factored) planes.limit[r] = profile_limit(moment[r], k);
-      }
-    });
-  }
-  if (b.moments == Moments::row) return;
-  T *moment = static_cast<T*>(b.column_moment), *P = planes.P - b.column_start, *Q = planes.Q - b.column_start;
-  double total = 0;
-  for (int64_t c = 0; c < b.columns; ++c) {
-    const T G = P[c] / T(b.column_count);
-    moment[c] = next_moment(moment[c], G, k);
-    total += double(moment[c]);
-    if (b.moments == Moments::column) {
-      const Coefs<T> coefs = coefficients(G, moment[c], decay[c], k);
-      P[c] = coefs.A;
-      Q[c] = coefs.B;
+void row_slots(const Block& b, const Consts<T>& k, const Planes<T>& planes) {
+  T *moment = static_cast<T*>(b.row_moment), *decay = static_cast<T*>(b.decay);
+  parallel(b.rows, 64, [&](int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; ++r) {
+      const T G = planes.A[r] / T(b.row_count);
+      moment[r] = next_moment(moment[r], G, k);
+      const Coefs<T> c = coefficients(G, moment[r], decay[r], k);
+      planes.A[r] = c.A;
+      planes.B[r] = c.B;
+      if (b.moments == Moments::factored) planes.limit[r] = profile_limit(moment[r], k);
     }
-  }
-  if (b.moments == Moments::factored) {
-    const T mean = T(total / double(b.columns));
-    for (int64_t c = 0; c < b.columns; ++c) P[c] = column_profile(moment[c], mean);
-  }
+  });
 }
 
-template <class P, class G, class M>
-void block_update(const Block& b, Work work) {
-  using T = Compute<P>;
-  const UpdateKernels<P, G, M> kernels = pick_updates<P, G, M>();
-  const Consts<T> k = make_consts<T>(b.hyper);
+template <class T>
+void column_slots(const Block& b, const Consts<T>& k, T* P, T* Q) {
+  T *moment = static_cast<T*>(b.column_moment), *decay = static_cast<T*>(b.decay);
+  const int64_t chunks = ceil_div(b.columns, kChunk);
+  double* parts = scratch(chunks);
+  auto each_chunk = [&](auto f) {
+    parallel(chunks, 16 * kChunk, [&](int64_t k0, int64_t k1) {
+      for (int64_t chunk = k0; chunk < k1; ++chunk) f(chunk, chunk * kChunk, std::min(b.columns, (chunk + 1) * kChunk));
+    });
+  };
+  each_chunk([&](int64_t chunk, int64_t c0, int64_t c1) {
+    double total = 0;
+    for (int64_t c = c0; c < c1; ++c) {
+      const T G = P[c] / T(b.column_count);
+      moment[c] = next_moment(moment[c], G, k);
+      total += double(moment[c]);
+      if (b.moments == Moments::column) {
+        const Coefs<T> coefs = coefficients(G, moment[c], decay[c], k);
+        P[c] = coefs.A;
+        Q[c] = coefs.B;
+      }
+    }
+    parts[chunk] = total;
+  });
+  if (b.moments == Moments::column) return;
+  const T mean = T(sum_of(parts, chunks) / double(b.columns));
+  each_chunk([&](int64_t, int64_t c0, int64_t c1) {
+    for (int64_t c = c0; c < c1; ++c) P[c] = column_profile(moment[c], mean);
+  });
+}
+
+template <class T>
+void block_slots(const Block& b, const Consts<T>& k, Work work) {
   const Planes<T> planes = planes_of<T>(b, work);
-  P* theta = static_cast<P*>(b.param);
-  const G* g = static_cast<const G*>(b.grad);
-  M* m = static_cast<M*>(b.momentum);
+  if (b.moments != Moments::column) row_slots(b, k, planes);
+  if (b.moments != Moments::row) column_slots(b, k, planes.P - b.column_start, planes.Q - b.column_start);
+}
+
+template <class P, class G, class M>
+void block_update(const Block& b, const Consts<Compute<P>>& k, Work work) {
+  const UpdateKernels<P, G, M> kernels = pick_updates<P, G, M>(b, k);
+  const auto planes = planes_of<Compute<P>>(b, work);
+  const Elements<P, G, M> elements = elements_of<P, G, M>(b);
+  auto update = [&](const Span& span) { kernels.rows(elements, span, b.moments, planes, k); };
+  // Coefficients of many columns: a tile of these at a time, for a few rows, so that they stay in L1.
+  const int64_t vectors = b.moments == Moments::row ? 0 : b.moments == Moments::factored ? 1 : 2;
+  const int64_t width = vectors * b.cols > 4 * kTileCols ? kTileCols : b.cols;
   if (b.rows == 1) {
-    parallel(b.cols, 1, [&](int64_t c0, int64_t c1) {
-      kernels.rows(theta, g, m, Span{0, 1, c0, c1, b.cols}, b.moments, planes, k);
-    });
+    parallel(b.cols, 1, [&](int64_t c0, int64_t c1) { update(Span{0, 1, c0, c1}); });
+  } else if (width == b.cols) {
+    parallel(b.rows, b.cols, [&](int64_t r0, int64_t r1) { update(Span{r0, r1, 0, b.cols}); });
   } else {
-    parallel(b.rows, b.cols, [&](int64_t r0, int64_t r1) {
-      kernels.rows(theta, g, m, Span{r0, r1, 0, b.cols, b.cols}, b.moments, planes, k);
+    parallel(ceil_div(b.rows, kTileRows), kTileRows * b.cols, [&](int64_t first, int64_t last) {
+      for (int64_t r = first * kTileRows; r < last * kTileRows; r += kTileRows)
+        for (int64_t c = 0; c < b.cols; c += width)
+          update(Span{r, std::min(b.rows, r + kTileRows), c, std::min(b.cols, c + width)});
     });
   }
 }
 
 template <class P, class G, class M>
-void block_step(const Block& b, Work work) {
+void block_step(const Block& b, const Consts<Compute<P>>& k, Work work) {
   using T = Compute<P>;
   if (b.moments == Moments::row && (b.rows > 1 || b.cols <= kGrain)) {
-    const UpdateKernels<P, G, M> kernels = pick_updates<P, G, M>();
-    const Consts<T> k = make_consts<T>(b.hyper);
-    P* theta = static_cast<P*>(b.param);
-    const G* g = static_cast<const G*>(b.grad);
-    M* m = static_cast<M*>(b.momentum);
+    const UpdateKernels<P, G, M> kernels = pick_updates<P, G, M>(b, k);
+    const Elements<P, G, M> elements = elements_of<P, G, M>(b);
     T *moment = static_cast<T*>(b.row_moment), *decay = static_cast<T*>(b.decay);
     if (b.cols == 1 && b.row_count == 1)
-      parallel(b.rows, 16,
-               [&](int64_t r0, int64_t r1) { kernels.element_steps(theta, g, m, r0, r1, moment, decay, k); });
+      parallel(b.rows, 16, [&](int64_t r0, int64_t r1) { kernels.element_steps(elements, r0, r1, moment, decay, k); });
     else
-      parallel(b.rows, b.cols, [&](int64_t r0, int64_t r1) {
-        kernels.row_steps(theta, g, m, b.cols, r0, r1, b.row_count, moment, decay, k);
-      });
+      parallel(b.rows, b.cols,
+               [&](int64_t r0, int64_t r1) { kernels.row_steps(elements, r0, r1, b.row_count, moment, decay, k); });
     return;
   }
-  const Planes<T> planes = planes_of<T>(b, work);
-  if (b.moments != Moments::row) std::fill(planes.P, planes.P + b.columns, T(0));
-  block_sums<T, G>(b, work);
-  block_slots<T>(b, work);
-  block_update<P, G, M>(b, work);
+  T* columns = planes_of<T>(b, work).P;
+  if (b.moments != Moments::row) std::fill(columns, columns + b.columns, T(0));
+  block_sums<T, G>(b, k, work);
+  block_slots<T>(b, k, work);
+  block_update<P, G, M>(b, k, work);
 }
 
 enum class Phase { sums, slots, update, step };
 
 template <class P, class G, class M>
-void run(Phase phase, const Block* blocks, int64_t n, Work work) {
+void run(Phase phase, const Block* blocks, int64_t n, Hypers hypers, Work work) {
+  using T = Compute<P>;
+  std::vector<Consts<T>> consts;
+  consts.reserve(hypers.count);
+  for (int64_t i = 0; i < hypers.count; ++i) consts.push_back(make_consts<T>(hypers.rows[i]));
   for (int64_t i = 0; i < n; ++i) {
     const Block& b = blocks[i];
+    const Consts<T>& k = consts[b.hyper];
     if (b.rows == 0 || b.cols == 0) continue;
-    if (phase == Phase::sums) block_sums<Compute<P>, G>(b, work);
-    if (phase == Phase::slots) block_slots<Compute<P>>(b, work);
-    if (phase == Phase::update) block_update<P, G, M>(b, work);
-    if (phase == Phase::step) block_step<P, G, M>(b, work);
+    if (phase == Phase::sums) block_sums<T, G>(b, k, work);
+    if (phase == Phase::slots) block_slots<T>(b, k, work);
+    if (phase == Phase::update) block_update<P, G, M>(b, k, work);
+    if (phase == Phase::step) block_step<P, G, M>(b, k, work);
   }
 }
 
 template <class P, class G>
-void with_momentum_type(Phase phase, const Block* blocks, int64_t n, Types types, Work work) {
+void with_momentum_type(Phase phase, const Block* blocks, int64_t n, Types types, Hypers hypers, Work work) {
   if constexpr (std::is_same<Compute<P>, float>::value)
-    if (types.momentum == Dtype::bf16) return run<P, G, BFloat16>(phase, blocks, n, work);
-  run<P, G, Compute<P>>(phase, blocks, n, work);
+    if (types.momentum == Dtype::bf16) return run<P, G, BFloat16>(phase, blocks, n, hypers, work);
+  run<P, G, Compute<P>>(phase, blocks, n, hypers, work);
 }
 
 // Blocks without momentum in a call with it do not occur: the caller makes one call for each set of types.
-void dispatch(Phase phase, const Block* blocks, int64_t n, Types types, Work work) {
+void dispatch(Phase phase, const Block* blocks, int64_t n, Types types, Hypers hypers, Work work) {
   const bool momentum = n > 0 && blocks[0].momentum;
   auto go = [&](auto p, auto g) {
     using P = decltype(p);
     using G = decltype(g);
     if (momentum)
-      with_momentum_type<P, G>(phase, blocks, n, types, work);
+      with_momentum_type<P, G>(phase, blocks, n, types, hypers, work);
     else
-      run<P, G, NoMomentum>(phase, blocks, n, work);
+      run<P, G, NoMomentum>(phase, blocks, n, hypers, work);
   };
   if (types.param == Dtype::f64) return go(double{}, double{});
   if (types.param == Dtype::bf16) return go(BFloat16{}, BFloat16{});
@@ -293,10 +381,18 @@ void dispatch(Phase phase, const Block* blocks, int64_t n, Types types, Work wor
 
 }  // namespace
 
-void sums(const Block* blocks, int64_t n, Types types, Work work) { dispatch(Phase::sums, blocks, n, types, work); }
-void slots(const Block* blocks, int64_t n, Types types, Work work) { dispatch(Phase::slots, blocks, n, types, work); }
-void update(const Block* blocks, int64_t n, Types types, Work work) { dispatch(Phase::update, blocks, n, types, work); }
-void step(const Block* blocks, int64_t n, Types types, Work work) { dispatch(Phase::step, blocks, n, types, work); }
+void sums(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work) {
+  dispatch(Phase::sums, blocks, n, types, hypers, work);
+}
+void slots(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work) {
+  dispatch(Phase::slots, blocks, n, types, hypers, work);
+}
+void update(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work) {
+  dispatch(Phase::update, blocks, n, types, hypers, work);
+}
+void step(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work) {
+  dispatch(Phase::step, blocks, n, types, hypers, work);
+}
 
 const char* instruction_set() { return kIsa == Isa::avx512 ? "avx512" : kIsa == Isa::avx2 ? "avx2" : "baseline"; }
 const char* instruction_sets() {

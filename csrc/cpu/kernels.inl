@@ -5,6 +5,9 @@
 // Results do not depend on the width: sums run in kLanes lanes (element i of a chunk in lane i mod kLanes) that a fixed
 // tree joins, chunks of kChunk elements are joined in double, in order, and -ffp-contract=off keeps every product
 // rounded.
+//
+// A core's reads are bound by how many cache lines it has under way. The hardware's prefetcher stops at each 4 KB page,
+// so the main loops ask for the elements kAhead further on themselves: a fifth less time (docs/performance.md).
 
 namespace AMOS_ISA {
 
@@ -70,18 +73,26 @@ AMOS_FN void store(S* p, Vec<float> x) {
 }
 
 // The first n elements of a vector, zeros (a gradient's neutral element) behind: so that a row's tail runs the same
-// code.
+// code. Where n is the constant kWidth, what is left is the plain load or store.
 template <class T, class S>
 AMOS_FN Vec<T> load_some(const S* p, int64_t n) {
+  if (n == kWidth<T>) return load(p);
   S all[kWidth<T>] = {};
   __builtin_memcpy(all, p, n * sizeof(S));
   return load(all);
 }
 template <class T, class S>
 AMOS_FN void store_some(S* p, Vec<T> x, int64_t n) {
+  if (n == kWidth<T>) return store(p, x);
   S all[kWidth<T>];
   store(all, x);
   __builtin_memcpy(p, all, n * sizeof(S));
+}
+
+// Asks for the memory of kLanes elements. It may lie beyond the array: no fault.
+template <class S>
+AMOS_FN void prefetch(const S* p) {
+  for (size_t line = 0; line < kLanes * sizeof(S); line += 64) __builtin_prefetch((const char*)p + line);
 }
 
 template <class T>
@@ -121,8 +132,10 @@ AMOS_FN double chunk_sum(const G* g, int64_t n, T bound) {
   const Clip<T> clip(bound);
   Vec<T> acc[kParts<T>] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
+  for (; i + kLanes <= n; i += kLanes) {
+    prefetch(g + i + kAhead);
     for (int k = 0; k < kParts<T>; ++k) acc[k] += squared<T>(load(g + i + k * kWidth<T>), clip);
+  }
   for (int k = 0; i < n; ++k, i += kWidth<T>)
     acc[k] += squared<T>(load_some<T>(g + i, n - i < kWidth<T> ? n - i : kWidth<T>), clip);
   return lanes_sum<T>(acc);
@@ -146,49 +159,45 @@ void row_sums(const G* g, int64_t cols, T clip, int64_t first, int64_t last, T* 
   for (int64_t r = first; r < last; ++r) out[r] = T(row_sum<T>(g + r * cols, cols, clip));
 }
 
-// kRows rows into `columns` (added) and, where rows is not null, into their own sums, in one reading.
+// kRows rows of n <= kTileCols elements into `columns` (added) and into their own sums (rows[0], rows[stride], ...), in
+// one reading. g: the first element, cols apart from the next row's.
 template <int kRows, class T, class G>
-AMOS_FN void panel_sums(const G* g, int64_t cols, T bound, T* rows, T* columns) {
+AMOS_FN void panel_sums(const G* g, int64_t cols, int64_t n, T bound, double* rows, int64_t stride, T* columns) {
   const Clip<T> clip(bound);
-  double total[kRows] = {};
-  for (int64_t begin = 0; begin < cols; begin += kChunk) {
-    const int64_t end = cols - begin < kChunk ? cols : begin + kChunk;
-    Vec<T> acc[kRows][kParts<T>] = {};
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes)
-      for (int k = 0; k < kParts<T>; ++k) {
-        const int64_t at = i + k * kWidth<T>;
-        Vec<T> column[kRows];
-        for (int m = 0; m < kRows; ++m) {
-          column[m] = squared<T>(load(g + m * cols + at), clip);
-          acc[m][k] += column[m];
-        }
-        for (int half = kRows / 2; half > 0; half /= 2)
-          for (int m = 0; m < half; ++m) column[m] += column[m + half];
-        store(columns + at, load(columns + at) + column[0]);
-      }
-    for (int k = 0; i < end; ++k, i += kWidth<T>) {
-      const int64_t n = end - i < kWidth<T> ? end - i : kWidth<T>;
-      Vec<T> column[kRows];
-      for (int m = 0; m < kRows; ++m) {
-        column[m] = squared<T>(load_some<T>(g + m * cols + i, n), clip);
-        acc[m][k] += column[m];
-      }
-      for (int half = kRows / 2; half > 0; half /= 2)
-        for (int m = 0; m < half; ++m) column[m] += column[m + half];
-      store_some<T>(columns + i, load_some<T>(columns + i, n) + column[0], n);
+  Vec<T> acc[kRows][kParts<T>] = {};
+  auto add = [&](Vec<T> column_sum, auto load_row, int part) __attribute__((always_inline)) {
+    Vec<T> column[kRows];
+    for (int m = 0; m < kRows; ++m) {
+      column[m] = squared<T>(load_row(m), clip);
+      acc[m][part] += column[m];
     }
-    for (int m = 0; m < kRows; ++m) total[m] += lanes_sum<T>(acc[m]);
+    for (int half = kRows / 2; half > 0; half /= 2)
+      for (int m = 0; m < half; ++m) column[m] += column[m + half];
+    return column_sum + column[0];
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int m = 0; m < kRows; ++m) prefetch(g + (m + kRows) * cols + i);  // the next panel's
+    for (int part = 0; part < kParts<T>; ++part) {
+      const int64_t at = i + part * kWidth<T>;
+      store(columns + at, add(load(columns + at), [&](int m) { return load(g + m * cols + at); }, part));
+    }
   }
-  if (rows)
-    for (int m = 0; m < kRows; ++m) rows[m] = T(total[m]);
+  for (int part = 0; i < n; ++part, i += kWidth<T>) {
+    const int64_t some = n - i < kWidth<T> ? n - i : kWidth<T>;
+    auto load_row = [&](int m) { return load_some<T>(g + m * cols + i, some); };
+    store_some<T>(columns + i, add(load_some<T>(columns + i, some), load_row, part), some);
+  }
+  for (int m = 0; m < kRows; ++m) rows[m * stride] = lanes_sum<T>(acc[m]);
 }
 
+// Rows [first, last) of a tile of columns. rows: where the first row's sum goes.
 template <class T, class G>
-void column_sums(const G* g, int64_t cols, T clip, int64_t first, int64_t last, T* rows, T* columns) {
+void column_sums(const G* g, int64_t cols, int64_t n, T clip, int64_t first, int64_t last, double* rows, int64_t stride,
+                 T* columns) {
   int64_t r = first;
-  for (; r + 4 <= last; r += 4) panel_sums<4, T>(g + r * cols, cols, clip, rows ? rows + r : nullptr, columns);
-  for (; r < last; ++r) panel_sums<1, T>(g + r * cols, cols, clip, rows ? rows + r : nullptr, columns);
+  for (; r + 4 <= last; r += 4) panel_sums<4, T>(g + r * cols, cols, n, clip, rows + r * stride, stride, columns);
+  for (; r < last; ++r) panel_sums<1, T>(g + r * cols, cols, n, clip, rows + r * stride, stride, columns);
 }
 
 // What one row's update needs besides the row itself. P and Q: A and B of each column (`column`), or P (`factored`).
@@ -227,82 +236,106 @@ AMOS_FN void update_vector(Vec<T>& theta, Vec<T> g, Vec<T>& m, Vec<T> P, Vec<T> 
   theta -= step;
 }
 
+// The bits of bfloat16s, rounded stochastically. index: the number of the first of them in the parameter.
+template <class T>
+AMOS_FN VecU narrow_stochastically(VecF f, int64_t index, const Consts<T>& k) {
+  VecU low;
+  for (int lane = 0; lane < kWidth<float>; ++lane) low[lane] = uint32_t(lane);
+  low += uint32_t(index);
+  const uint32_t high = uint32_t(uint64_t(index) >> 32);
+  const VecU carried = (VecU)(low < uint32_t(index));  // in these lanes the lower half has wrapped around
+  const VecU key = (carried & stream_key(high + 1, k)) | (~carried & stream_key(high, k));
+  const VecU rounded = rounded_stochastically(as_bits(f), mixed(low ^ key, k.salt)), is_nan = (VecU)(f != f);
+  return (is_nan & 0x7fc0u) | (~is_nan & rounded);
+}
+
+// Writes the new parameter; n < kWidth elements of it, or all where n is the constant kWidth.
+template <Write write, class P, class G, class M, class T>
+AMOS_FN void put(const Elements<P, G, M>& e, int64_t i, Vec<T> theta, int64_t n, const Consts<T>& k) {
+  if constexpr (write == Write::stochastic) {
+    const VecH bits = __builtin_convertvector(narrow_stochastically(theta, e.index + i, k), VecH);
+    __builtin_memcpy(e.theta + i, &bits, n * sizeof(P));
+  } else {
+    store_some<T>(e.theta + i, theta, n);
+    if constexpr (write == Write::low) store_some<T>(e.low + i, theta, n);
+  }
+}
+
 // Updates n elements of a row; with `next`, also returns the sum of squares of the n gradients there (n <= kChunk):
 // the update waits for memory, so the other row's sum costs no time.
-template <Moments kind, class P, class G, class M, class T>
-AMOS_FN double update_chunk(P* theta, const G* g, M* m, int64_t n, const RowCoefs<T>& coefs, const Consts<T>& k,
-                            const G* next) {
+template <Moments kind, Write write, class P, class G, class M, class T>
+AMOS_FN double update_chunk(const Elements<P, G, M>& e, int64_t n, const RowCoefs<T>& coefs, const Consts<T>& k,
+                            const G* next, int64_t ahead) {
   constexpr bool with_momentum = !std::is_same<M, NoMomentum>::value;
   constexpr int W = kWidth<T>;
   using Momentum = typename std::conditional<with_momentum, M, T>::type;
-  auto* mp = reinterpret_cast<Momentum*>(m);
+  auto* mp = reinterpret_cast<Momentum*>(e.m);
   const RowVectors<T> row(coefs, k);
   const T *pp = coefs.P, *qp = coefs.Q;
   Vec<T> acc[kParts<T>] = {};
-  auto vector_at = [&](int64_t i) __attribute__((always_inline)) {
-    Vec<T> t = load(theta + i), mv = {}, p = {}, q = {};
-    if constexpr (with_momentum) mv = load(mp + i);
-    if constexpr (kind != Moments::row) p = load(pp + i);
-    if constexpr (kind == Moments::column) q = load(qp + i);
-    update_vector<kind, with_momentum, T>(t, load(g + i), mv, p, q, row);
-    store(theta + i, t);
-    if constexpr (with_momentum) store(mp + i, mv);
+  auto vector_at = [&](int64_t i, int64_t some) __attribute__((always_inline)) {
+    Vec<T> t = load_some<T>(e.theta + i, some), mv = {}, p = {}, q = {};
+    if constexpr (with_momentum) mv = load_some<T>(mp + i, some);
+    if constexpr (kind != Moments::row) p = load_some<T>(pp + i, some);
+    if constexpr (kind == Moments::column) q = load_some<T>(qp + i, some);
+    update_vector<kind, with_momentum, T>(t, load_some<T>(e.g + i, some), mv, p, q, row);
+    put<write>(e, i, t, some, k);
+    if constexpr (with_momentum) store_some<T>(mp + i, mv, some);
   };
   int64_t i = 0;
   if (next) {
-    for (; i + kLanes <= n; i += kLanes)
+    for (; i + kLanes <= n; i += kLanes) {
+      prefetch(next + i + ahead);
+      prefetch(e.theta + i + ahead);
       for (int part = 0; part < kParts<T>; ++part) {
         acc[part] += squared<T>(load(next + i + part * W), row.clip);
-        vector_at(i + part * W);
+        vector_at(i + part * W, W);
       }
+    }
   } else {
-    for (; i + kLanes <= n; i += kLanes)
-      for (int part = 0; part < kParts<T>; ++part) vector_at(i + part * W);
+    for (; i + kLanes <= n; i += kLanes) {
+      prefetch(e.g + i + ahead);
+      prefetch(e.theta + i + ahead);
+      for (int part = 0; part < kParts<T>; ++part) vector_at(i + part * W, W);
+    }
   }
   for (int part = 0; i < n; ++part, i += W) {
     const int64_t some = n - i < W ? n - i : W;
     if (next) acc[part] += squared<T>(load_some<T>(next + i, some), row.clip);
-    Vec<T> t = load_some<T>(theta + i, some), mv = {}, p = {}, q = {};
-    if constexpr (with_momentum) mv = load_some<T>(mp + i, some);
-    if constexpr (kind != Moments::row) p = load_some<T>(pp + i, some);
-    if constexpr (kind == Moments::column) q = load_some<T>(qp + i, some);
-    update_vector<kind, with_momentum, T>(t, load_some<T>(g + i, some), mv, p, q, row);
-    store_some<T>(theta + i, t, some);
-    if constexpr (with_momentum) store_some<T>(mp + i, mv, some);
+    vector_at(i, some);
   }
   return next ? lanes_sum<T>(acc) : 0;
 }
 
-template <class M>
-AMOS_FN M* advance(M* m, int64_t n) {
-  return m ? m + n : m;
-}
-
 // Columns [c0, c1) of rows [r0, r1), with the coefficients in the planes of the workspace.
-template <class P, class G, class M, class T>
-void update_rows(P* theta, const G* g, M* m, const Span& span, Moments kind, const Planes<T>& planes,
+template <Write write, class P, class G, class M, class T>
+void update_rows(const Elements<P, G, M>& e, const Span& span, Moments kind, const Planes<T>& planes,
                  const Consts<T>& k) {
   const int64_t n = span.c1 - span.c0;
+  const bool tile = n < e.cols && span.r1 - span.r0 > 1;
+  const int64_t ahead = tile ? e.cols : kAhead;  // of a tile: its next row
+  const G* no_next = nullptr;
   for (int64_t r = span.r0; r < span.r1; ++r) {
-    const int64_t at = r * span.cols + span.c0;
+    const Elements<P, G, M> at = e.at(r, span.c0);
     if (kind == Moments::row) {
       const RowCoefs<T> row{planes.A[r], planes.B[r], 0, nullptr, nullptr};
-      update_chunk<Moments::row>(theta + at, g + at, advance(m, at), n, row, k, (const G*)nullptr);
+      update_chunk<Moments::row, write>(at, n, row, k, no_next, ahead);
     } else if (kind == Moments::factored) {
       const RowCoefs<T> row{planes.A[r], planes.B[r], planes.limit[r], planes.P + span.c0, nullptr};
-      update_chunk<Moments::factored>(theta + at, g + at, advance(m, at), n, row, k, (const G*)nullptr);
+      update_chunk<Moments::factored, write>(at, n, row, k, no_next, ahead);
     } else {
       const RowCoefs<T> row{0, 0, 0, planes.P + span.c0, planes.Q + span.c0};
-      update_chunk<Moments::column>(theta + at, g + at, advance(m, at), n, row, k, (const G*)nullptr);
+      update_chunk<Moments::column, write>(at, n, row, k, no_next, ahead);
     }
   }
 }
 
 // `row` moments in one pass over memory: row r is updated while row r + 1 is summed.
-template <class P, class G, class M, class T>
-void row_steps(P* theta, const G* g, M* m, int64_t cols, int64_t r0, int64_t r1, int64_t row_count, T* moment, T* decay,
+template <Write write, class P, class G, class M, class T>
+void row_steps(const Elements<P, G, M>& e, int64_t r0, int64_t r1, int64_t row_count, T* moment, T* decay,
                const Consts<T>& k) {
-  double sum = row_sum<T>(g + r0 * cols, cols, k.clip);
+  const int64_t cols = e.cols;
+  double sum = row_sum<T>(e.g + r0 * cols, cols, k.clip);
   for (int64_t r = r0; r < r1; ++r) {
     const T G2 = T(sum) / T(row_count);
     moment[r] = next_moment(moment[r], G2, k);
@@ -311,23 +344,24 @@ void row_steps(P* theta, const G* g, M* m, int64_t cols, int64_t r0, int64_t r1,
     const bool more = r + 1 < r1;
     sum = 0;
     for (int64_t i = 0; i < cols; i += kChunk) {
-      const int64_t at = r * cols + i, n = cols - i < kChunk ? cols - i : kChunk;
-      sum += update_chunk<Moments::row>(theta + at, g + at, advance(m, at), n, row, k, more ? g + at + cols : nullptr);
+      const Elements<P, G, M> at = e.at(r, i);
+      const int64_t n = cols - i < kChunk ? cols - i : kChunk;
+      sum += update_chunk<Moments::row, write>(at, n, row, k, more ? at.g + cols : nullptr, kAhead);
     }
   }
 }
 
 // Rows of one element (moments = "full"): each element has its own v and b.
-template <class P, class G, class M, class T>
-void element_steps(P* theta, const G* g, M* m, int64_t r0, int64_t r1, T* moment, T* decay, const Consts<T>& k) {
+template <Write write, class P, class G, class M, class T>
+void element_steps(const Elements<P, G, M>& all, int64_t r0, int64_t r1, T* moment, T* decay, const Consts<T>& k) {
   constexpr bool with_momentum = !std::is_same<M, NoMomentum>::value;
   constexpr int W = kWidth<T>;
   using Momentum = typename std::conditional<with_momentum, M, T>::type;
-  auto* mp = reinterpret_cast<Momentum*>(m);
+  auto* mp = reinterpret_cast<Momentum*>(all.m);
   const RowVectors<T> row(RowCoefs<T>{}, k);
   for (int64_t i = r0; i < r1; i += W) {
     const int64_t n = r1 - i < W ? r1 - i : W;
-    Vec<T> t = load_some<T>(theta + i, n), gv = load_some<T>(g + i, n), mv = {}, A = {}, B = {};
+    Vec<T> t = load_some<T>(all.theta + i, n), gv = load_some<T>(all.g + i, n), mv = {}, A = {}, B = {};
     const Vec<T> G2 = squared<T>(gv, row.clip);
     if constexpr (with_momentum) mv = load_some<T>(mp + i, n);
     T g2[W], a[W] = {}, b[W] = {};
@@ -341,7 +375,7 @@ void element_steps(P* theta, const G* g, M* m, int64_t r0, int64_t r1, T* moment
     __builtin_memcpy(&A, a, sizeof A);
     __builtin_memcpy(&B, b, sizeof B);
     update_vector<Moments::column, with_momentum, T>(t, gv, mv, A, B, row);
-    store_some<T>(theta + i, t, n);
+    put<write>(all, i, t, n, k);
     if constexpr (with_momentum) store_some<T>(mp + i, mv, n);
   }
 }
@@ -350,10 +384,10 @@ template <class T, class G>
 SumKernels<T, G> sum_kernels() {
   return {&row_sums<T, G>, &chunk_sums<T, G>, &column_sums<T, G>};
 }
-template <class P, class G, class M>
+template <Write write, class P, class G, class M>
 UpdateKernels<P, G, M> update_kernels() {
   using T = Compute<P>;
-  return {&update_rows<P, G, M, T>, &row_steps<P, G, M, T>, &element_steps<P, G, M, T>};
+  return {&update_rows<write, P, G, M, T>, &row_steps<write, P, G, M, T>, &element_steps<write, P, G, M, T>};
 }
 
 }  // namespace AMOS_ISA

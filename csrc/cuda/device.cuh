@@ -1,5 +1,4 @@
-// What the kernels are made of: types, 16-byte loads, sums in a fixed order, and the batch of blocks that a launch
-// carries.
+// What the kernels are made of: types, 16-byte accesses, sums in a fixed order.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -19,10 +18,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Sizes of work. Sums depend on these and on nothing else, so a result is the same on every grid.
-constexpr int64_t kChunk = 4096;  // elements of a row that one warp sums or updates
-constexpr int kTileRows = 64;     // the tile from which a CTA takes row and column sums in one read
-constexpr int kTileCols = 512;
+__device__ inline int lane_id() { return threadIdx.x % kWarp; }
+__device__ inline int warp_id() { return threadIdx.x / kWarp; }
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -44,6 +41,17 @@ __device__ S narrow(T x) {
   }
 }
 
+// Element number `index` of a parameter, rounded up or down at random.
+__device__ inline __nv_bfloat16 narrow_stochastically(float x, uint64_t index, const Consts<float>& k) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  const auto random = random_bits(static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), k);
+  const auto rounded = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded_stochastically(bits, random));
+  __nv_bfloat16 result;
+  memcpy(&result, &rounded, sizeof(rounded));
+  return result;
+}
+
 // ---- vectors ------------------------------------------------------------------------------------
 
 // The widest access that V elements of S allow; the chips move at most 16 bytes for a thread and instruction.
@@ -52,44 +60,63 @@ using Access = std::conditional_t<
     kBytes % 16 == 0, uint4,
     std::conditional_t<kBytes % 8 == 0, uint2, std::conditional_t<kBytes % 4 == 0, unsigned, unsigned short>>>;
 
+// V elements as they are in memory: half as many registers as widened ones, if they are 16 bits wide.
+template <int V, class S>
+struct Raw {
+  using A = Access<V * sizeof(S)>;
+  static constexpr int kPieces = V * sizeof(S) / sizeof(A);
+  A pieces[kPieces];
+
+  template <class T>
+  __device__ void widen_to(T (&x)[V]) const {
+    S s[V];
+    memcpy(s, pieces, sizeof(s));
+#pragma unroll
+    for (int j = 0; j < V; ++j) x[j] = T(widen(s[j]));
+  }
+};
+
 template <int V, class S>
 __device__ bool aligned(const S* p) {
-  return reinterpret_cast<uintptr_t>(p) % sizeof(Access<V * sizeof(S)>) == 0;
+  return reinterpret_cast<uintptr_t>(p) % sizeof(typename Raw<V, S>::A) == 0;
 }
 
-// Gradients are read-only (__ldg) and worth a place in L1: the fused step reads them twice. Parameters and momentum are
-// read once, so they pass by L1 (__ldcg).
+// keep: read again soon, by this kernel or the next (a gradient that is summed first). once: its last use in this step,
+// so it is the first to leave L2, where it would push out what is kept.
 enum class Cache { keep, once };
 
-template <Cache cache, class S>
-__device__ S fetch(const S* p) {
-  return cache == Cache::keep ? __ldg(p) : __ldcg(p);
+template <Cache cache, int V, class S>
+__device__ Raw<V, S> load(const S* p) {
+  using A = typename Raw<V, S>::A;
+  Raw<V, S> raw;
+#pragma unroll
+  for (int i = 0; i < Raw<V, S>::kPieces; ++i) {
+    const A* piece = reinterpret_cast<const A*>(p) + i;
+    raw.pieces[i] = cache == Cache::keep ? __ldg(piece) : __ldcs(piece);
+  }
+  return raw;
 }
 
 template <Cache cache, int V, class S, class T>
 __device__ void load(const S* p, T (&x)[V]) {
-  using A = Access<V * sizeof(S)>;
-  constexpr int kPieces = V * sizeof(S) / sizeof(A);
-  A raw[kPieces];
-  S s[V];
+  load<cache, V>(p).widen_to(x);
+}
+
+template <int V, class S>
+__device__ void store_raw(S* p, const S (&s)[V]) {
+  using A = typename Raw<V, S>::A;
+  Raw<V, S> raw;
+  memcpy(raw.pieces, s, sizeof(s));
 #pragma unroll
-  for (int i = 0; i < kPieces; ++i) raw[i] = fetch<cache>(reinterpret_cast<const A*>(p) + i);
-  memcpy(s, raw, sizeof(s));
-#pragma unroll
-  for (int i = 0; i < V; ++i) x[i] = widen(s[i]);
+  for (int i = 0; i < Raw<V, S>::kPieces; ++i) __stcs(reinterpret_cast<A*>(p) + i, raw.pieces[i]);
 }
 
 template <int V, class S, class T>
 __device__ void store(S* p, const T (&x)[V]) {
-  using A = Access<V * sizeof(S)>;
-  constexpr int kPieces = V * sizeof(S) / sizeof(A);
-  A raw[kPieces];
   S s[V];
 #pragma unroll
-  for (int i = 0; i < V; ++i) s[i] = narrow<S>(x[i]);
-  memcpy(raw, s, sizeof(s));
-#pragma unroll
-  for (int i = 0; i < kPieces; ++i) reinterpret_cast<A*>(p)[i] = raw[i];
+  for (int j = 0; j < V; ++j) s[j] = narrow<S>(x[j]);
+  store_raw(p, s);
 }
 
 // How n elements split: `head` up to the first 16-byte border of p, then `body` in whole vectors, then the rest.
@@ -105,127 +132,66 @@ __device__ Split split(const S* p, int64_t n) {
   return head < n ? Split{head, (n - head) / V * V} : Split{n, 0};
 }
 
-// Momentum in the compute type or in bf16: all threads branch alike, and half as many kernels are built.
-template <class T>
-struct Momentum {
-  void* data;  // null: none
-  bool bf16;
-
-  __device__ explicit operator bool() const { return data; }
-  __device__ T* wide() const { return static_cast<T*>(data); }
-  __device__ __nv_bfloat16* narrow() const { return static_cast<__nv_bfloat16*>(data); }
-
-  __device__ Momentum operator+(int64_t i) const {
-    return {!data ? nullptr : bf16 ? static_cast<void*>(narrow() + i) : wide() + i, bf16};
-  }
-  template <int V>
-  __device__ bool fits() const {
-    return !data || (bf16 ? aligned<V>(narrow()) : aligned<V>(wide()));
-  }
-  template <int V>
-  __device__ void load(T (&x)[V]) const {
-    if (!data) return;
-    if (bf16) {
-      cuda::load<Cache::once>(narrow(), x);
-    } else {
-      cuda::load<Cache::once>(wide(), x);
-    }
-  }
-  template <int V>
-  __device__ void store(const T (&x)[V]) const {
-    if (!data) return;
-    if (bf16) {
-      cuda::store(narrow(), x);
-    } else {
-      cuda::store(wide(), x);
-    }
-  }
-};
-
 // ---- sums: each a fixed tree --------------------------------------------------------------------
 
-// Every lane gets the sum.
+// Every lane gets the sum over its group of `lanes` neighbours, a power of two.
 template <class T>
-__device__ T warp_sum(T x) {
+__device__ T warp_sum(T x, int lanes = kWarp) {
 #pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
   return x;
 }
 
-// Thread 0 gets the sum. Callers put a __syncthreads between two calls: the second would overwrite what the first
-// reads.
+// Every thread gets the sum over a CTA of any size. One barrier: calls that follow each other take turns with two
+// `part`s, and a part is written again only behind the barrier of the other.
 template <class T>
-__device__ T cta_sum(T x) {
-  __shared__ T part[kWarps];
+__device__ T cta_sum(T x, T (&part)[kWarp]) {
   x = warp_sum(x);
-  if (threadIdx.x % kWarp == 0) part[threadIdx.x / kWarp] = x;
+  if (lane_id() == 0) part[warp_id()] = x;
   __syncthreads();
-  T sum = 0;
-  if (threadIdx.x == 0) {
-    for (int w = 0; w < kWarps; ++w) sum += part[w];
+  const int warps = blockDim.x / kWarp;
+  return warp_sum(lane_id() < warps ? part[lane_id()] : T(0));
+}
+
+template <class T>
+__device__ T square(T x, T clip) {
+  x = clipped(x, clip);
+  return x * x;
+}
+
+// Adds each element's square to a sum of its own: several sums, so that an addition need not wait for the one before.
+template <int V, class T, class S>
+__device__ void add_squares(const Raw<V, S>& raw, T clip, T (&sums)[V]) {
+  T x[V];
+  raw.widen_to(x);
+#pragma unroll
+  for (int j = 0; j < V; ++j) sums[j] += square(x[j], clip);
+}
+
+template <int V, class T>
+__device__ T total(T (&sums)[V]) {
+#pragma unroll
+  for (int half = V / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
   }
-  return sum;
+  return sums[0];
 }
 
-// ---- batches ------------------------------------------------------------------------------------
-
-// A Block as the kernels see it: typed state, and constants worked out on the host, where double is cheap.
-template <class T>
-struct Entry {
-  void* param;
-  const void* grad;
-  Momentum<T> momentum;
-  T *row_moment, *column_moment, *decay;
-  int64_t rows, cols, row_work, column_work, column_start, columns;
-  int64_t first_unit;  // units of work of this launch that lie before this block
-  int64_t partial;     // where its partial sums begin in the scratch memory
-  T row_count, column_count;
-  Moments moments;
-  Consts<T> k;
-};
-
-// Kernel parameters, up to 32,764 bytes of them (CUDA 12.1, sm_70): no table to allocate, copy or keep alive.
-template <class T>
-struct Batch {
-  static constexpr int kCapacity = (32764 - 64) / sizeof(Entry<T>);
-  T* work;
-  int64_t plane;
-  T* scratch;
-  int64_t units;
-  int32_t size;
-  int32_t assign_columns;  // 1: column sums are assigned, not added
-  Entry<T> entries[kCapacity];
-};
-
-// The block that a unit of work belongs to: the last one that begins at or before it.
-template <class T>
-__device__ const Entry<T>& find(const Batch<T>& batch, int64_t unit) {
-  int low = 0, high = batch.size - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (batch.entries[middle].first_unit <= unit) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
+// This lane's share of the sum of squares of n elements, which `lanes` threads take together.
+template <class T, class G>
+__device__ T sum_squares(const G* g, int64_t n, T clip, int lane, int lanes) {
+  constexpr int V = 16 / sizeof(G);
+  const Split s = split<V>(g, n);
+  T sums[V] = {}, ends[1] = {};
+  for (int64_t i = lane; i < n - s.body; i += lanes) {  // both ends, in one loop
+    add_squares(load<Cache::keep, 1>(g + (i < s.head ? i : i + s.body)), clip, ends);
   }
-  return batch.entries[low];
-}
-
-// Parts that a row's sum is made of, and row tiles that a column's sum is made of.
-__host__ __device__ constexpr int64_t row_parts(Moments moments, int64_t cols) {
-  return moments == Moments::row        ? ceil_div(cols, kChunk)
-         : moments == Moments::factored ? ceil_div(cols, kTileCols)
-                                        : 0;
-}
-__host__ __device__ constexpr int64_t column_parts(int64_t rows) { return ceil_div(rows, kTileRows); }
-
-// Scratch memory: [row][part] of the rows, if they have more than one part, then [part][column] of the columns.
-__host__ __device__ constexpr int64_t row_partials(Moments moments, int64_t rows, int64_t cols) {
-  return row_parts(moments, cols) > 1 ? rows * row_parts(moments, cols) : 0;
-}
-__host__ __device__ constexpr int64_t partials(Moments moments, int64_t rows, int64_t cols) {
-  return row_partials(moments, rows, cols) + (moments == Moments::row ? 0 : column_parts(rows) * cols);
+#pragma unroll 4
+  for (int64_t i = s.head + lane * V; i < s.head + s.body; i += lanes * V) {
+    add_squares(load<Cache::keep, V>(g + i), clip, sums);
+  }
+  return total(sums) + ends[0];
 }
 
 }  // namespace amos::cuda

@@ -1,8 +1,11 @@
-// The launchers: blocks into batches, a kernel for each batch, kernels into phases. See block.h for what the phases
-// mean.
-#include "kernels.cuh"
-
+// The launchers: blocks into a table, the table onto the device, one launch for each kernel however many blocks there
+// are. See block.h for what the phases mean.
 #include <algorithm>
+#include <cstddef>
+#include <vector>
+
+#include "rows.cuh"
+#include "sums.cuh"
 
 #ifndef AMOS_CUDA_ARCHS
 #define AMOS_CUDA_ARCHS "unknown"
@@ -11,156 +14,308 @@
 namespace amos::cuda {
 namespace {
 
-constexpr int64_t kWarpCols = 1024;  // longest row that one warp takes in the one-pass step; above, a CTA does
-constexpr int64_t kCtaCols = 32768;  // a single row longer than this is worth many CTAs, and the three phases
-constexpr int64_t kCtasPerSm = 16;   // more than can be resident, so that SMs that finish early get more
+// Threads of a grid for each SM: more than are resident with their many registers, so that SMs that finish early get
+// more; not many more, as each CTA begins with a search.
+constexpr int64_t kThreadsPerSm = 2048;
 
-// How many threads a row gets in the one pass of `step`; 0: the block goes through the three phases. Only single rows
-// do so (moments = "scalar"): others have no place in the workspace.
-int step_lanes(const Block& b) {
-  if (b.moments != Moments::row || (b.rows == 1 && b.cols > kCtaCols)) return 0;
-  return b.cols == 1 ? 1 : b.cols <= kWarpCols ? kWarp : kThreads;
+// How `step` treats a block.
+enum class Way { phases, thread, warp, cta, long_rows };
+
+template <class T>
+Way way(Moments moments, int64_t rows, int64_t cols) {
+  if (moments != Moments::row) return Way::phases;
+  if (cols == 1) return Way::thread;
+  if (cols <= kWarpCols<T>) return Way::warp;
+  if (cols <= kCtaCols<T>) return Way::cta;
+  return rows < kFewRows ? Way::phases : Way::long_rows;
 }
 
 template <class T>
-Entry<T> entry(const Block& b, bool bf16_momentum, int64_t first_unit, int64_t partial) {
-  Entry<T> e;
-  e.param = b.param;
-  e.grad = b.grad;
-  e.momentum = {b.momentum, bf16_momentum};
-  e.row_moment = static_cast<T*>(b.row_moment);
-  e.column_moment = static_cast<T*>(b.column_moment);
-  e.decay = static_cast<T*>(b.decay);
-  e.rows = b.rows;
-  e.cols = b.cols;
-  e.row_work = b.row_work;
-  e.column_work = b.column_work;
-  e.column_start = b.column_start;
-  e.columns = b.columns;
-  e.first_unit = first_unit;
-  e.partial = partial;
-  e.row_count = static_cast<T>(b.row_count);
-  e.column_count = static_cast<T>(b.column_count);
-  e.moments = b.moments;
-  e.k = make_consts<T>(b.hyper);
-  return e;
+int cta_threads(int64_t cols) {
+  int threads = kCtaLeast;
+  while (threads * kHeld<T> < cols) threads *= 2;
+  return threads;
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 1;
-}
+bool empty(const Block& b) { return b.rows <= 0 || b.cols <= 0; }
 
-// One call of one phase: the blocks, and what every launch needs besides. `one_pass`: this is `step`.
+// ---- scratch memory: sums of column moments, partial sums, and the table behind them ----------------------
+
+constexpr int64_t kMostPasses = 16;
+constexpr int64_t round_up(int64_t bytes) { return ceil_div(bytes, 16) * 16; }  // to whole pieces of an upload
+
 template <class T>
-struct Call {
-  const Block* blocks;
-  int64_t n;
-  Types types;
-  Work work;
-  T* scratch;
-  cudaStream_t stream;
-  bool one_pass = false;
-  int error = cudaSuccess;  // the first one; nothing is launched after it
-  int sms = multiprocessors();
+struct Place {
+  int64_t moment_sums = 0, values = 0;
 
-  // cudaLaunchKernelEx is an ordinary function, so this file is ordinary C++, which tests build for the CPU.
-  void launch(void (*kernel)(Batch<T>), Batch<T>& batch, int64_t units_per_cta) {
-    if (batch.size == 0 || error) return;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(std::min(ceil_div(batch.units, units_per_cta), sms * kCtasPerSm)));
-    config.blockDim = dim3(kThreads);
-    config.stream = stream;
-    error = cudaLaunchKernelEx(&config, kernel, batch);
-    const int last = cudaGetLastError();  // also clears it: the caller hears of it from us alone
-    if (!error) error = last;
-    batch.size = 0;
-    batch.units = 0;
+  void add(const Block& b) {
+    if (empty(b)) return;
+    if (b.moments == Moments::factored) moment_sums += ceil_div(b.columns, kThreads);
+    values += own_values(b) + rows_values(b);
   }
-
-  // Launches `kernel` over all blocks. units(block, nth): the block's units of work, 0 to leave it out; nth counts the
-  // blocks of one parameter.
-  template <class Units>
-  void each(void (*kernel)(Batch<T>), int64_t units_per_cta, const Units& units) {
-    Batch<T> batch;
-    static_assert(sizeof(batch) <= 32764, "kernel parameters end here");
-    batch.work = static_cast<T*>(work.data);
-    batch.plane = work.plane;
-    batch.scratch = scratch;
-    batch.size = 0;
-    batch.units = 0;
-    batch.assign_columns = one_pass;
-    int64_t partial = 0, nth = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const Block& b = blocks[i];
-      nth = b.columns > 0 ? 0 : nth + (i > 0);
-      const int64_t count = b.rows > 0 && b.cols > 0 ? units(b, nth) : 0;
-      if (count > 0) {
-        if (batch.size == Batch<T>::kCapacity) launch(kernel, batch, units_per_cta);
-        batch.entries[batch.size++] = entry<T>(b, types.momentum == Dtype::bf16, batch.units, partial);
-        batch.units += count;
-      }
-      partial += partials(b.moments, b.rows, b.cols);
-    }
-    launch(kernel, batch, units_per_cta);
+  static int64_t own_values(const Block& b) { return partials(b.moments, b.rows, b.cols); }
+  // `step` keeps A and B of few long rows here: rows of `row` have no place in its workspace.
+  static int64_t rows_values(const Block& b) {
+    return b.moments == Moments::row && way<T>(b.moments, b.rows, b.cols) == Way::phases ? 2 * b.rows : 0;
   }
+  int64_t moment_sums_bytes() const { return round_up(moment_sums * int64_t(sizeof(double))); }
+  int64_t bytes() const { return moment_sums_bytes() + round_up(values * int64_t(sizeof(T))); }
+};
 
-  bool taken(const Block& b) const { return one_pass && step_lanes(b) > 0; }
+template <class T>
+int64_t scratch_bytes_in(const Block* blocks, int64_t n, Hypers hypers) {
+  Place<T> end;
+  for (int64_t i = 0; i < n; ++i) end.add(blocks[i]);
+  return end.bytes() + round_up(n * kMostPasses * int64_t(sizeof(int64_t))) + round_up(n * int64_t(sizeof(Entry<T>))) +
+         round_up(hypers.count * int64_t(sizeof(Consts<T>)));
+}
+
+int attribute(cudaDeviceAttr which, int otherwise) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return otherwise;
+  return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : otherwise;
+}
+
+// ---- one call of one phase ------------------------------------------------------------------------
+
+template <class T>
+class Call {
+ public:
+  // `one_pass`: this is `step`.
+  Call(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work, void* scratch, void* stream,
+       bool one_pass)
+      : hypers_(hypers), scratch_(static_cast<char*>(scratch)), stream_(static_cast<cudaStream_t>(stream)) {
+    one_pass_ = one_pass;
+    args_.plane = work.plane;
+    args_.bf16_momentum = types.momentum == Dtype::bf16;
+    args_.assign_columns = one_pass;
+    read(blocks, n, work);
+  }
 
   template <class G>
   void sums() {
-    each(row_sums<T, G>, kWarps, [&](const Block& b, int64_t) {
-      return b.moments == Moments::row && !taken(b) ? b.rows * row_parts(b.moments, b.cols) : 0;
+    add({row_sums<T, G>, kWarps}, [&](const Entry<T>& e) {
+      return e.moments != Moments::row || taken(e) ? 0 : row_units(e, row_parts(e.moments, e.cols));
     });
-    each(tile_sums<T, G>, 1, [&](const Block& b, int64_t) {
-      return b.moments == Moments::row ? 0 : column_parts(b.rows) * ceil_div(b.cols, kTileCols);
+    add({tile_sums<T, G>, 1}, [&](const Entry<T>& e) {
+      return e.moments == Moments::row ? 0 : column_parts(e.rows, e.cols) * ceil_div(e.cols, kTileCols);
     });
-    each(finish_rows<T>, kWarps,
-         [&](const Block& b, int64_t) { return row_parts(b.moments, b.cols) > 1 && !taken(b) ? b.rows : 0; });
-    // Blocks of one parameter add to the same columns, so each of them has its turn: the order is that of the launches.
-    bool more = true;
-    for (int64_t turn = 0; more; ++turn) {
-      more = false;
-      each(finish_columns<T>, 1, [&](const Block& b, int64_t nth) {
-        if (b.moments != Moments::row && nth > turn) more = true;
-        return b.moments != Moments::row && nth == turn ? ceil_div(b.cols, kWarp) : 0;
-      });
-    }
+    add({finish_sums<T>, 1}, [&](const Entry<T>& e) {
+      return taken(e) ? 0 : finish_row_units(e.moments, e.rows, e.cols) + ceil_div(e.all_columns, kWarp);
+    });
   }
 
   void slots() {
-    each(slot_step<T>, 1, [&](const Block& b, int64_t) {
-      if (taken(b)) return int64_t(0);
-      const int64_t rows = ceil_div(b.rows, kThreads);
-      return b.moments == Moments::row      ? rows
-             : b.moments == Moments::column ? ceil_div(b.columns, kThreads)
-                                            : rows + (b.columns > 0);
+    add({slot_step<T>, 1}, [&](const Entry<T>& e) {
+      if (taken(e)) return int64_t(0);
+      return (e.moments == Moments::column ? 0 : ceil_div(e.rows, kThreads)) +
+             (e.moments == Moments::row ? 0 : ceil_div(e.columns, kThreads));
     });
+    add({profiles<T>, 1},
+        [&](const Entry<T>& e) { return e.moments == Moments::factored ? ceil_div(e.columns, kThreads) : 0; });
   }
 
   template <class P, class G>
   void update() {
-    each(update_step<T, P, G>, kWarps,
-         [&](const Block& b, int64_t) { return taken(b) ? 0 : b.rows * ceil_div(b.cols, kChunk); });
-  }
-
-  template <int kLanes, class P, class G>
-  void one_pass_rows() {
-    each(row_step<kLanes, T, P, G>, kThreads / kLanes,
-         [&](const Block& b, int64_t) { return step_lanes(b) == kLanes ? b.rows : 0; });
+    add({update_step<T, P, G>, kWarps},
+        [&](const Entry<T>& e) { return taken(e) ? 0 : row_units(e, ceil_div(e.cols, kChunk)); });
   }
 
   template <class P, class G>
   void step() {
-    one_pass = true;
-    one_pass_rows<1, P, G>();
-    one_pass_rows<kWarp, P, G>();
-    one_pass_rows<kThreads, P, G>();
+    for (Entry<T>& e : entries_) e.row_lanes = lanes_for(e.cols, kLeastLanes<P>, std::min(kHeld<T>, kLaneCols));
+    add({thread_rows<T, P, G>, kWarps},
+        [&](const Entry<T>& e) { return way_of(e) == Way::thread ? ceil_div(e.rows, kThreadRows * kWarp) : 0; });
+    add({held_rows<T, P, G>, kWarps},
+        [&](const Entry<T>& e) { return way_of(e) == Way::warp ? ceil_div(e.rows, kWarp / e.row_lanes) : 0; });
+    for (int threads = kCtaLeast; threads <= kCtaMost; threads *= 2) {
+      add({held_rows<T, P, G>, 1, threads},
+          [&](const Entry<T>& e) { return way_of(e) == Way::cta && cta_threads<T>(e.cols) == threads ? e.rows : 0; });
+    }
+    int64_t longest = 0;
+    for (const Entry<T>& e : entries_) {
+      if (way_of(e) == Way::long_rows) longest = std::max(longest, e.cols);
+    }
+    if (longest > 0) {
+      const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, 48 * 1024) - 1024;  // less static ones
+      const int shared_bytes = static_cast<int>(std::min(round_up(longest * int64_t(sizeof(G))), most));
+      note(cudaFuncSetAttribute(long_rows<T, P, G>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+      add({long_rows<T, P, G>, 1, kThreads, shared_bytes},
+          [&](const Entry<T>& e) { return way_of(e) == Way::long_rows ? e.rows : 0; });
+    }
     sums<G>();
     slots();
     update<P, G>();
   }
+
+  // Uploads the table and launches what was added, in that order. Returns the first error; nothing is launched after.
+  int run() {
+    if (passes_.empty()) return error_;
+    upload();
+    for (const Pass& pass : passes_) {
+      args_.first_unit = reinterpret_cast<const int64_t*>(table_ + pass.first_unit * sizeof(int64_t));
+      args_.units = pass.units;
+      args_.shared_bytes = pass.shape.shared_bytes;
+      args_.row_for_cta = pass.shape.units_per_cta == 1;  // what held_rows asks
+      const int64_t most = sms_ * kThreadsPerSm / pass.shape.threads;
+      launch(pass.shape.kernel, std::min(ceil_div(pass.units, pass.shape.units_per_cta), most), pass.shape.threads,
+             pass.shape.shared_bytes, args_);
+    }
+    return error_;
+  }
+
+ private:
+  struct Shape {
+    void (*kernel)(Args<T>);
+    int units_per_cta;
+    int threads = kThreads, shared_bytes = 0;
+  };
+  struct Pass {
+    Shape shape;
+    int64_t units;
+    size_t first_unit;  // where in first_units_
+  };
+
+  Way way_of(const Entry<T>& e) const { return way<T>(e.moments, e.rows, e.cols); }
+  bool taken(const Entry<T>& e) const { return one_pass_ && way_of(e) != Way::phases; }
+
+  // Units of warps that take narrow rows several at a time.
+  static int64_t row_units(const Entry<T>& e, int64_t parts) { return ceil_div(e.rows, kWarp / e.lanes) * parts; }
+
+  void read(const Block* blocks, int64_t n, Work work) {
+    Place<T> place, end;
+    for (int64_t i = 0; i < n; ++i) end.add(blocks[i]);
+    table_ = scratch_ + end.bytes();
+    auto* const values = reinterpret_cast<T*>(scratch_ + end.moment_sums_bytes());
+    bool new_parameter = true;
+    size_t leader = 0;  // the first block of the parameter that is not empty
+    for (int64_t i = 0; i < n; ++i) {
+      const Block& b = blocks[i];
+      new_parameter = new_parameter || b.columns > 0 || b.moments == Moments::row;
+      if (empty(b)) continue;
+      Entry<T> e{};
+      e.param = b.param;
+      e.grad = b.grad;
+      e.momentum = b.momentum;
+      e.low_param = b.low_param;
+      e.row_moment = static_cast<T*>(b.row_moment);
+      e.column_moment = static_cast<T*>(b.column_moment);
+      e.decay = static_cast<T*>(b.decay);
+      e.row_work = static_cast<T*>(work.data) + b.row_work;
+      e.row_plane = work.plane;
+      e.column_work = static_cast<T*>(work.data) + b.column_work;
+      e.partial = values + place.values;
+      if (one_pass_ && b.moments == Moments::row) {
+        e.row_work = e.partial + place.own_values(b);
+        e.row_plane = b.rows;
+      }
+      e.moment_sums = reinterpret_cast<double*>(scratch_) + place.moment_sums;
+      e.rows = b.rows;
+      e.cols = b.cols;
+      e.row_count = b.row_count;
+      e.column_count = b.column_count;
+      e.column_start = b.column_start;
+      e.columns = b.columns;
+      e.first = b.first;
+      e.hyper = static_cast<int32_t>(b.hyper);
+      e.lanes = lanes_for(b.cols);
+      e.moments = b.moments;
+      place.add(b);
+      if (new_parameter) {
+        leader = entries_.size();
+      } else {
+        ++entries_[leader].followers;
+      }
+      new_parameter = false;
+      entries_.push_back(e);
+      if (b.moments != Moments::row) {
+        int64_t& all = entries_[leader].all_columns;
+        all = std::max(all, b.column_start + b.cols);
+      }
+    }
+    args_.n = static_cast<int32_t>(entries_.size());
+  }
+
+  // Notes a launch of `shape` over all entries; units(entry): its units of work, 0 to leave it out.
+  template <class Units>
+  void add(Shape shape, const Units& units) {
+    Pass pass{shape, 0, first_units_.size()};
+    for (const Entry<T>& e : entries_) {
+      first_units_.push_back(pass.units);
+      pass.units += units(e);
+    }
+    if (pass.units > 0) {
+      passes_.push_back(pass);
+    } else {
+      first_units_.resize(pass.first_unit);
+    }
+  }
+
+  template <class Item>
+  char* append(std::vector<char>& bytes, const std::vector<Item>& items) {
+    const size_t at = bytes.size();
+    const auto* const begin = reinterpret_cast<const char*>(items.data());
+    bytes.insert(bytes.end(), begin, begin + items.size() * sizeof(Item));
+    bytes.resize(round_up(bytes.size()));
+    return table_ + at;
+  }
+
+  void upload() {
+    std::vector<char> bytes;
+    append(bytes, first_units_);
+    args_.entries = reinterpret_cast<Entry<T>*>(append(bytes, entries_));
+    std::vector<Consts<T>> consts;
+    for (int64_t i = 0; !hypers_.on_device && i < hypers_.count; ++i) consts.push_back(make_consts<T>(hypers_.rows[i]));
+    auto* const device_consts = reinterpret_cast<Consts<T>*>(append(bytes, consts));
+    args_.consts = device_consts;
+    for (size_t at = 0; at < bytes.size();) {
+      at += bytes.size() - at > sizeof(Upload<4096>) ? upload<32752>(bytes, at) : upload<4096>(bytes, at);
+    }
+    if (hypers_.on_device) {
+      launch(work_out_consts<T>, ceil_div(hypers_.count, kUploadThreads), kUploadThreads, 0, hypers_.rows,
+             device_consts, hypers_.count);
+    }
+  }
+
+  template <int kBytes>
+  size_t upload(const std::vector<char>& bytes, size_t at) {
+    Upload<kBytes> piece;
+    static_assert(sizeof(piece) <= 32764, "kernel parameters end here");
+    const size_t size = std::min(bytes.size() - at, sizeof(piece.data));
+    piece.to = reinterpret_cast<uint4*>(table_ + at);
+    piece.count = static_cast<int32_t>(size / sizeof(uint4));
+    std::memcpy(piece.data, bytes.data() + at, size);
+    launch(upload_table<kBytes>, ceil_div(piece.count, kUploadThreads), kUploadThreads, 0, piece);
+    return size;
+  }
+
+  // cudaLaunchKernelEx is an ordinary function, so this file is ordinary C++, which tests build for the CPU.
+  template <class... Params, class... Given>
+  void launch(void (*kernel)(Params...), int64_t ctas, int threads, int shared_bytes, const Given&... given) {
+    if (error_ || ctas == 0) return;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(ctas));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream_;
+    note(cudaLaunchKernelEx(&config, kernel, Params(given)...));
+  }
+
+  void note(int code) {
+    const int last = cudaGetLastError();  // also clears it: the caller hears of it from us alone
+    if (!error_) error_ = code ? code : last;
+  }
+
+  Hypers hypers_;
+  char *scratch_, *table_ = nullptr;
+  cudaStream_t stream_;
+  bool one_pass_;
+  int error_ = cudaSuccess;  // the first one
+  int64_t sms_ = attribute(cudaDevAttrMultiProcessorCount, 1);
+  Args<T> args_ = {};
+  std::vector<Entry<T>> entries_;
+  std::vector<int64_t> first_units_;  // of all entries for the first pass, then for the second, ...
+  std::vector<Pass> passes_;
 };
 
 // ---- from Types to types ------------------------------------------------------------------------
@@ -186,42 +341,42 @@ int with_types(Types types, const F& f) {
 
 // f(call, param, grad) in the types of the call; returns the call's error.
 template <class F>
-int run(const Block* blocks, int64_t n, Types types, Work work, void* scratch, void* stream, const F& f) {
+int run(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work, void* scratch, void* stream,
+        bool one_pass, const F& f) {
   return with_types(types, [&](auto t, auto p, auto g) -> int {
     using T = typename decltype(t)::type;
-    Call<T> call{blocks, n, types, work, static_cast<T*>(scratch), static_cast<cudaStream_t>(stream)};
+    Call<T> call(blocks, n, types, hypers, work, scratch, stream, one_pass);
     f(call, p, g);
-    return call.error;
+    return call.run();
   });
 }
 
 }  // namespace
 
-int sums(const Block* blocks, int64_t n, Types types, Work work, void* scratch, void* stream) {
-  return run(blocks, n, types, work, scratch, stream,
+int sums(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work, void* scratch, void* stream) {
+  return run(blocks, n, types, hypers, work, scratch, stream, false,
              [](auto& call, auto, auto g) { call.template sums<typename decltype(g)::type>(); });
 }
 
-int slots(const Block* blocks, int64_t n, Types types, Work work, void* scratch, void* stream) {
-  return run(blocks, n, types, work, scratch, stream, [](auto& call, auto, auto) { call.slots(); });
+int slots(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work, void* scratch, void* stream) {
+  return run(blocks, n, types, hypers, work, scratch, stream, false, [](auto& call, auto, auto) { call.slots(); });
 }
 
-int update(const Block* blocks, int64_t n, Types types, Work work, void* scratch, void* stream) {
-  return run(blocks, n, types, work, scratch, stream, [](auto& call, auto p, auto g) {
+int update(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work, void* scratch, void* stream) {
+  return run(blocks, n, types, hypers, work, scratch, stream, false, [](auto& call, auto p, auto g) {
     call.template update<typename decltype(p)::type, typename decltype(g)::type>();
   });
 }
 
-int step(const Block* blocks, int64_t n, Types types, Work work, void* scratch, void* stream) {
-  return run(blocks, n, types, work, scratch, stream, [](auto& call, auto p, auto g) {
+int step(const Block* blocks, int64_t n, Types types, Hypers hypers, Work work, void* scratch, void* stream) {
+  return run(blocks, n, types, hypers, work, scratch, stream, true, [](auto& call, auto p, auto g) {
     call.template step<typename decltype(p)::type, typename decltype(g)::type>();
   });
 }
 
-int64_t scratch_bytes(const Block* blocks, int64_t n, Types types) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += partials(blocks[i].moments, blocks[i].rows, blocks[i].cols);
-  return count * static_cast<int64_t>(types.param == Dtype::f64 ? sizeof(double) : sizeof(float));
+int64_t scratch_bytes(const Block* blocks, int64_t n, Types types, Hypers hypers) {
+  return types.param == Dtype::f64 ? scratch_bytes_in<double>(blocks, n, hypers)
+                                   : scratch_bytes_in<float>(blocks, n, hypers);
 }
 
 const char* error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -8,11 +8,12 @@ import os
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from numpy_reference import Array, Hyper, State, step
+from numpy_reference import Array, Hyper, State, round_stochastically, step
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parents[1] / "csrc" / "cuda" / "kernels.cu"
@@ -118,12 +119,16 @@ class CHyper(ctypes.Structure):
 
 class CBlock(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("param", "grad", "momentum", "row_moment", "column_moment", "decay")),
+        *((name, ctypes.c_void_p) for name in ("param", "grad", "momentum", "low_param")),
+        *((name, ctypes.c_void_p) for name in ("row_moment", "column_moment", "decay")),
         *((name, ctypes.c_int64) for name in ("rows", "cols", "row_count", "column_count", "row_work", "column_work")),
-        *((name, ctypes.c_int64) for name in ("column_start", "columns")),
+        *((name, ctypes.c_int64) for name in ("column_start", "columns", "first", "hyper")),
         ("moments", ctypes.c_int32),
-        ("hyper", CHyper),
     ]
+
+
+class CHypers(ctypes.Structure):
+    _fields_ = [("rows", ctypes.POINTER(CHyper)), ("count", ctypes.c_int64), ("on_device", ctypes.c_bool)]
 
 
 class CTypes(ctypes.Structure):
@@ -139,11 +144,12 @@ class CWork(ctypes.Structure):
 
 @dataclasses.dataclass(frozen=True)
 class Types:
-    """The dtypes of a call; momentum None: no momentum."""
+    """The dtypes of a call; momentum None: no momentum; low: with a low_param in the gradient's dtype."""
 
     param: str = "f32"
     grad: str = "f32"
     momentum: str | None = None
+    low: bool = False
 
     @property
     def compute(self) -> str:
@@ -155,6 +161,9 @@ class Types:
 
 class Problem:
     """A matrix, its gradient and its state before a step, exactly representable in their dtypes."""
+
+    first = 0  # number of the first element, for random numbers
+    cut = False  # each row is a block
 
     def __init__(
         self, moments: str, rows: int, cols: int, types: Types = Types(), hyper: Hyper | None = None, seed: int = 0
@@ -176,15 +185,19 @@ class Problem:
     def rounded(x: Array, dtype: str) -> Array:
         return decode(encode(x, dtype), dtype)
 
+    @cached_property
     def expected(self) -> tuple[Array, State]:
         with np.errstate(all="ignore"):
             return step(self.theta, self.grad, self.state, self.moments, self.hyper)
 
 
+POINTERS = ("param", "grad", "momentum", "low_param", "row_moment", "column_moment", "decay")
+
+
 class Piece:
     """Elements [start, stop) of a problem in memory of their own, and the blocks that they are for the kernels."""
 
-    def __init__(self, problem: Problem, start: int = 0, stop: int | None = None, offsets: Sequence[int] = (0, 0, 0)):
+    def __init__(self, problem: Problem, start: int = 0, stop: int | None = None, offsets: Sequence[int] = (0,) * 4):
         p, types = problem, problem.types
         stop = p.rows * p.cols if stop is None else stop
         self.problem, self.start, self.stop = problem, start, stop
@@ -193,12 +206,13 @@ class Piece:
         self.momentum = None
         if types.momentum and p.state.momentum is not None:
             self.momentum = Tensor(p.state.momentum.ravel()[start:stop], types.momentum, offsets[2])
+        self.low_param = Tensor(np.full(stop - start, np.nan), types.grad, offsets[3]) if types.low else None
         # [first row, first column, elements]: the end of a row, whole rows, the beginning of a row
         self.ranges: list[tuple[int, int, int]] = []
         at = start
         while at < stop:
             row, column = divmod(at, p.cols)
-            size = (stop - at) // p.cols * p.cols if column == 0 else 0
+            size = (stop - at) // p.cols * p.cols if column == 0 and not p.cut else 0
             size = size or min(p.cols - column, stop - at)
             self.ranges.append((row, column, size))
             at += size
@@ -216,25 +230,30 @@ class Piece:
             "column": [self.column_moment],
             "factored": [self.row_moment, self.column_moment],
         }
-        momentum = [self.momentum] if self.momentum else []
-        return [self.param, *momentum, *state[self.problem.moments], self.decay]
+        others = [tensor for tensor in (self.momentum, self.low_param) if tensor]
+        return [self.param, *others, *state[self.problem.moments], self.decay]
+
+    def arrays(self) -> dict[str, Tensor]:
+        """All tensors by the names that they have in a block."""
+        tensors = {name: getattr(self, name) for name in POINTERS}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def rows(self) -> int:
         return self.last_row - self.first_row
 
-    def blocks(self, row_work: int, column_work: int) -> Iterator[CBlock]:
+    def blocks(self, row_work: int, column_work: int, hyper: int) -> Iterator[CBlock]:
         p, types = self.problem, self.problem.types
         compute = STORAGE[types.compute]().itemsize
         for index, (row, column, size) in enumerate(self.ranges):
             at = row * p.cols + column - self.start
             by_row = compute * (row - self.first_row)
-            momentum = None
-            if self.momentum and types.momentum:
-                momentum = self.momentum.pointer + at * STORAGE[types.momentum]().itemsize
+            there = {
+                name: tensor.pointer + at * STORAGE[tensor.dtype]().itemsize
+                for name, tensor in self.arrays().items()
+                if name in POINTERS[:4]
+            }
             yield CBlock(
-                param=self.param.pointer + at * STORAGE[types.param]().itemsize,
-                grad=self.grad.pointer + at * STORAGE[types.grad]().itemsize,
-                momentum=momentum,
+                **there,
                 row_moment=None if p.moments == "column" else self.row_moment.pointer + by_row,
                 column_moment=None if p.moments == "row" else self.column_moment.pointer,
                 decay=self.decay.pointer + (0 if p.moments == "column" else by_row),
@@ -246,42 +265,54 @@ class Piece:
                 column_work=column_work,
                 column_start=column,
                 columns=p.cols if index == 0 else 0,
+                first=p.first + row * p.cols + column,
+                hyper=hyper,
                 moments=MOMENTS.index(p.moments),
-                hyper=CHyper(*dataclasses.astuple(p.hyper)),
             )
 
 
 class Call:
     """Pieces that go to the kernels together: their blocks, workspace and scratch memory. All of one set of types."""
 
-    def __init__(self, library: ctypes.CDLL, pieces: Sequence[Piece], align: int = 1) -> None:
+    def __init__(self, library: ctypes.CDLL, pieces: Sequence[Piece], align: int = 1, on_device: bool = False) -> None:
         self.library, self.pieces = library, pieces
         self.types = pieces[0].problem.types
         self.layout: list[tuple[int, int]] = []  # row_work and column_work of each piece
         plane, blocks = 3, []
-        for piece in pieces:
+        for index, piece in enumerate(pieces):
             row_work = -(-plane // align) * align
             column_work = -(-(row_work + piece.rows()) // align) * align
             plane = column_work + piece.problem.cols
             self.layout.append((row_work, column_work))
-            blocks += piece.blocks(row_work, column_work)
+            blocks += piece.blocks(row_work, column_work, index)
         self.plane, self.n = -(-plane // align) * align, len(blocks)
         self.blocks = (CBlock * len(blocks))(*blocks)
         self.work = Tensor(np.full(3 * self.plane, np.nan), self.types.compute)
-        size = library.amos_scratch_bytes(self.blocks, self.n, ctypes.byref(self.types.struct()))
-        assert size % 8 == 0 or self.types.compute == "f32"
-        self.scratch = Tensor(np.full(-(-size // 4), np.nan), "f32")
+        self.hyper_rows = hyper_rows([piece.problem for piece in pieces])
+        self.hypers = CHypers(self.hyper_rows, len(self.hyper_rows), on_device)
+        self.scratch = self.new_scratch()
+
+    def new_scratch(self) -> Tensor:
+        """Just as much as the kernels ask for."""
+        size = self.library.amos_scratch_bytes(
+            self.blocks, self.n, ctypes.byref(self.types.struct()), ctypes.byref(self.hypers)
+        )
+        assert size % 4 == 0
+        return Tensor(np.full(size // 4, np.nan), "f32")
 
     def phase(self, name: str) -> None:
+        self.scratch = self.new_scratch()  # nothing lasts there from one phase to the next
         code = self.library.amos_phase(
             ("sums", "slots", "update", "step").index(name),
             self.blocks,
             self.n,
             ctypes.byref(self.types.struct()),
+            ctypes.byref(self.hypers),
             ctypes.byref(CWork(self.work.pointer, self.plane)),
             ctypes.c_void_p(self.scratch.pointer),
         )
         assert code == 0, self.library.amos_error_string(code)
+        self.scratch.check_guard()
 
     def zero_columns(self) -> None:
         values = self.work.values
@@ -297,8 +328,13 @@ class Call:
             self.zero_columns()
             for name in ("sums", "slots", "update"):
                 self.phase(name)
-        for tensor in [self.work, self.scratch, *(tensor for piece in self.pieces for tensor in piece.tensors())]:
+        for tensor in [self.work, *(tensor for piece in self.pieces for tensor in piece.tensors())]:
             tensor.check_guard()
+
+
+def hyper_rows(problems: Sequence[Problem]) -> ctypes.Array[CHyper]:
+    """A row for each problem."""
+    return (CHyper * len(problems))(*(CHyper(*dataclasses.astuple(problem.hyper)) for problem in problems))
 
 
 def reduce_pieces(calls: Sequence[Call]) -> None:
@@ -331,25 +367,48 @@ def run_pieces(library: ctypes.CDLL, problem: Problem, borders: Iterable[int]) -
     return [call.pieces[0] for call in calls]
 
 
+def allowed_error(expected: Array, dtype: str, compute: str) -> Array:
+    """The rounding of the compute type (by the largest value), then of the storage type (by each value)."""
+    largest = np.abs(expected).max(initial=0)
+    return (1e-12 if compute == "f64" else 2e-6) * largest + ROUNDING[dtype] * np.abs(expected)
+
+
 def assert_close(actual: Array, expected: Array, dtype: str, what: str, compute: str = "f32") -> None:
-    """Within the rounding of the compute type (by the largest value), then of the storage type (by each value)."""
+    """Within the allowed error."""
     assert (np.isnan(actual) == np.isnan(expected)).all(), f"{what}: NaNs differ"
     expected, actual = np.nan_to_num(expected), np.nan_to_num(actual)
-    largest = np.abs(expected).max(initial=0)
-    allowed = (1e-12 if compute == "f64" else 2e-6) * largest + ROUNDING[dtype] * np.abs(expected)
-    worst = np.abs(actual - expected) - allowed
+    worst = np.abs(actual - expected) - allowed_error(expected, dtype, compute)
     if worst.size and not (worst <= 0).all():
         at = int(worst.argmax())
         raise AssertionError(f"{what}[{at}] is {actual.flat[at]!r}, expected {expected.flat[at]!r}")
 
 
+def assert_rounded_stochastically(actual: Array, expected: Array, index: Array, hyper: Hyper, what: str) -> None:
+    """The very bits, but where the error of the compute type decides."""
+    error = allowed_error(np.nan_to_num(expected), "f32", "f32")
+    ends = [decode(round_stochastically(expected + sign * error, index, hyper), "bf16") for sign in (-1, 1)]
+    low, high = np.minimum(*ends), np.maximum(*ends)
+    good = (low <= actual) & (actual <= high) | np.isnan(expected) & np.isnan(actual)
+    assert good.all(), f"{what}: {np.flatnonzero(~good)[:5]} are rounded to {actual[~good][:5]}, not {low[~good][:5]}"
+    certain = (low == high) | np.isnan(expected)
+    assert certain.mean() > 0.9 or len(actual) < 50, f"{what}: this tests little"
+
+
 def check(piece: Piece) -> None:
     """Compares what the kernels left with the reference."""
     p, compute = piece.problem, piece.problem.types.compute
-    theta, state = p.expected()
+    theta, state = p.expected
     rows = slice(piece.first_row, piece.last_row)
     name = f"{p.moments} {p.rows}x{p.cols} {p.types}"
-    assert_close(piece.param.values, theta.ravel()[piece.start : piece.stop], p.types.param, f"{name}: param", compute)
+    theta = theta.ravel()[piece.start : piece.stop]
+    if p.types.param == "bf16" and p.hyper.seed >= 0:
+        index = np.arange(piece.start, piece.stop).astype(np.uint64) + np.uint64(p.first)
+        assert_rounded_stochastically(piece.param.values, theta, index, p.hyper, f"{name}: param")
+    else:
+        assert_close(piece.param.values, theta, p.types.param, f"{name}: param", compute)
+    if piece.low_param:
+        nearest = encode(piece.param.values, p.types.grad).view(np.uint8)
+        assert (piece.low_param.bytes == nearest).all(), f"{name}: low_param"
     if piece.momentum and state.momentum is not None:
         expected = state.momentum.ravel()[piece.start : piece.stop]
         assert_close(piece.momentum.values, expected, piece.momentum.dtype, f"{name}: momentum", compute)
@@ -368,49 +427,47 @@ SANITIZERS = {
     "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "tsan": ["-O1", "-g1", "-fsanitize=thread"],
 }
-POINTERS = ("param", "grad", "momentum", "row_moment", "column_moment", "decay")
 
 
 @dataclasses.dataclass
 class Replay:
-    """One call of the driver: problems of one set of types, and elements that param, grad and momentum are moved by."""
+    """One call of the driver: problems of one set of types, and elements that param, grad, momentum and low_param are
+    moved by."""
 
     problems: Sequence[Problem]
     way: str
-    offsets: tuple[int, int, int] = (0, 0, 0)
+    offsets: tuple[int, int, int, int] = (0, 0, 0, 0)
+    on_device: bool = False
 
 
 def write_call(call: Replay) -> bytes:
     """A call in the format that driver.cpp reads."""
     problems, way = call.problems, call.way
-    pieces = [Piece(problem) for problem in problems]
     types = problems[0].types
     plane, blocks, arrays = 1, b"", b""
     count = 0
-    for piece in pieces:
-        tensors = [piece.param, piece.grad, piece.momentum, piece.row_moment, piece.column_moment, piece.decay]
+    for index, problem in enumerate(problems):
+        piece = Piece(problem)
         number = {}
-        for name, tensor in zip(POINTERS, tensors, strict=True):
-            if tensor is None:
-                continue
+        for name, tensor in piece.arrays().items():
             count += 1
             number[name] = count
-            offset = call.offsets[POINTERS.index(name)] if name in POINTERS[:3] else 0
+            offset = call.offsets[POINTERS.index(name)] if name in POINTERS[:4] else 0
             skip = offset * STORAGE[tensor.dtype]().itemsize
             arrays += np.array([tensor.bytes.size, skip], np.int64).tobytes() + tensor.bytes.tobytes()
-        for block in piece.blocks(plane, plane + piece.rows()):
-            for name, tensor in zip(POINTERS, tensors, strict=True):
+        for block in piece.blocks(plane, plane + piece.rows(), index):
+            for name, tensor in piece.arrays().items():
                 pointer = getattr(block, name)
-                setattr(block, name, pointer and tensor and (number[name] << 32) + pointer - tensor.pointer)
+                setattr(block, name, pointer and (number[name] << 32) + pointer - tensor.pointer)
             blocks += bytes(block)
         plane += piece.rows() + piece.problem.cols
     n = len(blocks) // ctypes.sizeof(CBlock)
-    header = (
-        bytes(types.struct()) + np.int32(way == "phases").tobytes() + np.array([n, count, plane], np.int64).tobytes()
-    )
+    sizes = np.array([n, count, plane, len(problems), call.on_device], np.int64).tobytes()
+    header = bytes(types.struct()) + np.int32(way == "phases").tobytes() + sizes
     # Zeros, as `sums` wants them for columns; `step` must do without.
     work = np.full(3 * plane, 0.0 if way == "phases" else np.nan, STORAGE[types.compute]).tobytes()
-    return header + blocks + arrays + np.array([len(work), 0], np.int64).tobytes() + work
+    hypers = bytes(hyper_rows(problems))
+    return header + blocks + hypers + arrays + np.array([len(work), 0], np.int64).tobytes() + work
 
 
 def read_calls(data: bytes, calls: Sequence[Replay]) -> None:
@@ -419,28 +476,27 @@ def read_calls(data: bytes, calls: Sequence[Replay]) -> None:
     for call in calls:
         for problem in call.problems:
             piece = Piece(problem)
-            for tensor in [piece.param, piece.grad, piece.momentum, piece.row_moment, piece.column_moment, piece.decay]:
-                if tensor is not None:
-                    tensor.bytes[:] = np.frombuffer(data, np.uint8, tensor.bytes.size, at)
-                    at += tensor.bytes.size
+            for tensor in piece.arrays().values():
+                tensor.bytes[:] = np.frombuffer(data, np.uint8, tensor.bytes.size, at)
+                at += tensor.bytes.size
             check(piece)
     assert at == len(data)
 
 
-def replay(driver: Path, folder: Path, calls: Sequence[Replay], order: str = "fwd") -> bytes:
+def replay(driver: Path, given: Path, left: Path, calls: Sequence[Replay], order: str, mutant: int) -> bytes:
     """Runs the driver and checks its results; raises what went wrong: AssertionError or RuntimeError."""
-    given, left = folder / f"{driver.name}.in", folder / f"{driver.name}.out"
-    given.write_bytes(b"".join(write_call(call) for call in calls))
     options = {
+        "MUTANT": str(mutant),
         "ASAN_OPTIONS": "detect_leaks=0",
         "TSAN_OPTIONS": "halt_on_error=1",
         "SHIM_ORDER": order,
         "SHIM_SMS": "1",
+        "SHIM_SHARED": str(6 * 1024),
     }
     try:
         done = subprocess.run(
             [str(driver), str(given), str(left)],
-            capture_output=True, text=True, timeout=250, check=False, env={**os.environ, **options},
+            capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **options},
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise RuntimeError("the driver did not end") from error

@@ -6,7 +6,8 @@
 // fibers as threads. What this cannot see: races between CTAs, coalescing, occupancy, the GPU's rounding of special
 // functions.
 //
-// SHIM_ORDER=rev or a number runs threads and CTAs in reverse or in a shuffled order; SHIM_SMS is the number of SMs.
+// SHIM_ORDER=rev or a number runs threads and CTAs in reverse or in a shuffled order; SHIM_SMS is the number of SMs,
+// SHIM_SHARED the dynamic shared memory that a CTA may ask for, in bytes.
 #pragma once
 #include <link.h>
 #include <ucontext.h>
@@ -18,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -26,6 +28,8 @@
 #define SHIM_ASAN 1
 extern "C" void __sanitizer_start_switch_fiber(void** fake_stack_save, const void* bottom, size_t size);
 extern "C" void __sanitizer_finish_switch_fiber(void* fake_stack_save, const void** bottom_old, size_t* size_old);
+extern "C" void __asan_poison_memory_region(const volatile void* address, size_t size);
+extern "C" void __asan_unpoison_memory_region(const volatile void* address, size_t size);
 #else
 #define SHIM_ASAN 0
 #endif
@@ -52,8 +56,9 @@ extern "C" void __tsan_release(void* address);
 #define __grid_constant__
 #define __launch_bounds__(...)
 // thread_local, because that is one segment whose bounds are known (see poison_shared), in templates too; g++ ignores
-// section attributes there. All fibers are one thread to the system and share it.
-#define __shared__ static thread_local
+// section attributes there. All fibers are one thread to the system and share it. In a function this is static; with
+// `extern` it is the dynamic shared memory, which is defined below by its name.
+#define __shared__ thread_local
 
 struct uint2 {
   alignas(8) unsigned x;
@@ -81,6 +86,13 @@ struct dim3 {
 
 inline dim3 gridDim, blockDim;
 inline uint3 blockIdx;
+
+namespace shim {
+constexpr size_t kMostDynamic = 64 * 1024;
+}
+namespace amos::cuda {
+alignas(16) inline thread_local uint4 dynamic_shared_memory[shim::kMostDynamic / sizeof(uint4)];
+}
 
 // ---- the machine --------------------------------------------------------------------------------
 
@@ -120,7 +132,8 @@ struct Warp {
 
 struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<Warp> warps;
+  Warp warps[kWarp];  // no vector: TSan would see it change its size
+  unsigned warp_count = 0;
   Context scheduler;
   Fiber* current = nullptr;
   unsigned live = 0;
@@ -238,6 +251,18 @@ SHIM_RUNTIME T exchange(unsigned mask, T value, unsigned source) {
   return value;
 }
 
+// Bit `lane` of the result is that lane's predicate.
+SHIM_RUNTIME inline unsigned ballot(unsigned mask, bool predicate) {
+  Fiber& fiber = self();
+  Warp& warp = machine.warps[fiber.warp];
+  uint64_t* slots = warp.slots[warp.exchanges & 1];
+  slots[fiber.lane] = predicate;
+  meet(mask);
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < kWarp; ++lane) bits |= mask >> lane & 1 ? unsigned(slots[lane]) << lane : 0;
+  return bits;
+}
+
 struct SharedBounds {
   char* begin = nullptr;
   size_t size = 0;
@@ -268,9 +293,27 @@ inline SharedBounds shared_bounds() {
   return bounds;
 }
 
+inline size_t dynamic_bytes = 0;  // of the launch
+
+SHIM_RUNTIME inline void fill(char* begin, const char* end) {
+  for (; begin < end; ++begin) *static_cast<volatile char*>(begin) = char(0xff);
+}
+
 SHIM_RUNTIME inline void poison_shared() {
   static const SharedBounds bounds = shared_bounds();
-  for (size_t i = 0; i < bounds.size; ++i) static_cast<volatile char*>(bounds.begin)[i] = char(0xff);
+  char* const dynamic = reinterpret_cast<char*>(amos::cuda::dynamic_shared_memory);
+  fill(bounds.begin, dynamic + dynamic_bytes);
+  fill(dynamic + kMostDynamic, bounds.begin + bounds.size);
+}
+
+// What a launch did not ask for is out of bounds.
+inline void set_dynamic_shared(size_t bytes) {
+  dynamic_bytes = bytes;
+#if SHIM_ASAN
+  char* const dynamic = reinterpret_cast<char*>(amos::cuda::dynamic_shared_memory);
+  __asan_unpoison_memory_region(dynamic, bytes);
+  __asan_poison_memory_region(dynamic + bytes, kMostDynamic - bytes);
+#endif
 }
 
 SHIM_RUNTIME inline void create_fibers(unsigned n) {
@@ -295,7 +338,7 @@ SHIM_RUNTIME inline void create_fibers(unsigned n) {
 // Lets threads go on that have met whom they waited for; false if there are none.
 SHIM_RUNTIME inline bool release(unsigned threads) {
   bool any = false;
-  for (unsigned w = 0; w < machine.warps.size(); ++w) {
+  for (unsigned w = 0; w < machine.warp_count; ++w) {
     Warp& warp = machine.warps[w];
     if (!warp.arrived || warp.arrived != warp.mask) continue;
     for (unsigned lane = 0; lane < kWarp; ++lane) {
@@ -318,7 +361,8 @@ SHIM_RUNTIME inline void run_cta(const std::vector<unsigned>& order) {
   const unsigned n = static_cast<unsigned>(order.size());
   poison_shared();
   machine.live = n;
-  machine.warps.assign((n + kWarp - 1) / kWarp, Warp{});
+  machine.warp_count = (n + kWarp - 1) / kWarp;
+  for (unsigned w = 0; w < machine.warp_count; ++w) machine.warps[w] = Warp{};
   for (unsigned i = 0; i < n; ++i) {
     Fiber& fiber = *machine.fibers[i];
     fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
@@ -387,6 +431,9 @@ T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32) {
   return shim::exchange(mask, x, source / width <= lane / width ? source : lane);
 }
 
+inline unsigned __ballot_sync(unsigned mask, int predicate) { return shim::ballot(mask, predicate != 0); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 template <class T>
 T checked_load(const T* p) {
   if (reinterpret_cast<uintptr_t>(p) % alignof(T)) shim::die("misaligned load");
@@ -397,8 +444,13 @@ T __ldg(const T* p) {
   return checked_load(p);
 }
 template <class T>
-T __ldcg(const T* p) {
+T __ldcs(const T* p) {
   return checked_load(p);
+}
+template <class T>
+void __stcs(T* p, T x) {
+  if (reinterpret_cast<uintptr_t>(p) % alignof(T)) shim::die("misaligned store");
+  *p = x;
 }
 
 // ---- small floats -------------------------------------------------------------------------------
@@ -438,7 +490,8 @@ inline __half __float2half(float f) {
 
 using cudaStream_t = struct shim_stream*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 struct cudaLaunchAttribute;
 struct cudaLaunchConfig_t {
@@ -459,9 +512,22 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  const char* sms = std::getenv("SHIM_SMS");
-  *value = sms ? std::atoi(sms) : 1;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  const bool sms = which == cudaDevAttrMultiProcessorCount;
+  const char* wanted = std::getenv(sms ? "SHIM_SMS" : "SHIM_SHARED");
+  *value = wanted ? std::atoi(wanted) : sms ? 1 : int(shim::kMostDynamic);
+  return cudaSuccess;
+}
+
+namespace shim {
+inline int64_t launches = 0;                           // since the program began
+inline std::map<const void*, size_t> dynamic_allowed;  // by kernel; 48 KB without asking
+}  // namespace shim
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || size_t(bytes) > shim::kMostDynamic) return cudaErrorInvalidValue;
+  shim::dynamic_allowed[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
 }
 
@@ -469,12 +535,15 @@ template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
   const unsigned threads = config->blockDim.x * config->blockDim.y * config->blockDim.z;
   const dim3& grid = config->gridDim;
+  const auto allowed = shim::dynamic_allowed.find(reinterpret_cast<const void*>(kernel));
   if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 ||
-      config->dynamicSmemBytes > 0) {  // dynamic shared memory is not emulated
+      config->dynamicSmemBytes > (allowed == shim::dynamic_allowed.end() ? 48 * 1024 : allowed->second)) {
     return cudaErrorInvalidConfiguration;
   }
+  ++shim::launches;
   gridDim = grid;
   blockDim = config->blockDim;
+  shim::set_dynamic_shared(config->dynamicSmemBytes);
   shim::machine.kernel = [&] { kernel(static_cast<const Params&>(args)...); };
   shim::create_fibers(threads);
   const std::vector<unsigned> order = shim::make_order(threads);

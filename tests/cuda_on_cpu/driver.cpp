@@ -38,14 +38,18 @@ int check(int code) {
   return code;
 }
 
-// One call: types, phases or step, the blocks with indices in place of pointers, the arrays, the workspace.
+// One call: types, phases or step, the blocks with indices in place of pointers, the hyper-parameters and whether they
+// count as the device's, the arrays, the workspace.
 int replay(std::ifstream& in, std::ofstream& out) {
   const auto types = read<Types>(in);
   const auto phases = read<int32_t>(in);
   const auto n = read<int64_t>(in), count = read<int64_t>(in), plane = read<int64_t>(in);
+  const auto hyper_count = read<int64_t>(in), on_device = read<int64_t>(in);
   std::vector<Block> blocks(n);
+  std::vector<Hyper> hyper(hyper_count);
   std::vector<Array> arrays;
   in.read(reinterpret_cast<char*>(blocks.data()), n * sizeof(Block));
+  in.read(reinterpret_cast<char*>(hyper.data()), hyper_count * sizeof(Hyper));
   for (int64_t i = 0; i < count; ++i) arrays.push_back(read_array(in));
   // A pointer in the file is 0, or the number of the array in the high half, from 1, and bytes into it in the low half.
   const auto place = [&](auto& pointer) {
@@ -53,22 +57,18 @@ int replay(std::ifstream& in, std::ofstream& out) {
     pointer = code ? static_cast<char*>(arrays[(code >> 32) - 1].begin()) + (code & 0xffffffff) : nullptr;
   };
   for (Block& b : blocks) {
-    place(b.param), place(b.grad), place(b.momentum), place(b.row_moment), place(b.column_moment), place(b.decay);
+    place(b.param), place(b.grad), place(b.momentum), place(b.low_param);
+    place(b.row_moment), place(b.column_moment), place(b.decay);
   }
   const Array work = read_array(in);
-  const int64_t bytes = cuda::scratch_bytes(blocks.data(), n, types);
+  const Hypers hypers{hyper.data(), hyper_count, on_device != 0};
+  const int64_t bytes = cuda::scratch_bytes(blocks.data(), n, types, hypers);
   const std::unique_ptr<char[]> scratch(new char[bytes]);
   for (int64_t i = 0; i < bytes; ++i) scratch[i] = char(0xff);
 
   const Work w{work.begin(), plane};
-  int code = 0;
-  if (phases) {
-    code = check(cuda::sums(blocks.data(), n, types, w, scratch.get(), nullptr)) ||
-           check(cuda::slots(blocks.data(), n, types, w, scratch.get(), nullptr)) ||
-           check(cuda::update(blocks.data(), n, types, w, scratch.get(), nullptr));
-  } else {
-    code = check(cuda::step(blocks.data(), n, types, w, scratch.get(), nullptr));
-  }
+  const auto run = [&](auto phase) { return check(phase(blocks.data(), n, types, hypers, w, scratch.get(), nullptr)); };
+  const int code = phases ? run(cuda::sums) || run(cuda::slots) || run(cuda::update) : run(cuda::step);
   for (const Array& array : arrays) out.write(static_cast<char*>(array.begin()), array.size);
   return code;
 }

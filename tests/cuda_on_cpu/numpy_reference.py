@@ -16,7 +16,7 @@ class Hyper:
     lr: float = 0.3
     sigma: float = 0.5
     beta: float = 0.9
-    bias: float = 1 - 0.9**3
+    t: float = 3.0
     momentum: float = 0.9
     clip: float = np.inf
     extra_l2: float = 0.01
@@ -24,6 +24,11 @@ class Hyper:
     d_coef: float = 0.25
     eps: float = 2.0**-125
     grad_sign: float = 1.0
+    seed: float = -1.0
+
+    @property
+    def bias(self) -> float:
+        return 1 - self.beta**self.t
 
 
 @dataclass
@@ -72,3 +77,26 @@ def step(theta: Array, grad: Array, state: State, moments: str, h: Hyper) -> tup
         momentum = h.momentum * momentum + (1 - h.momentum) * delta
         delta = momentum
     return theta - delta, State(row_moment, column_moment, b + gamma * (1 + b), momentum)
+
+
+def mixed(x: Array | int, salt: int) -> Array:
+    """Spreads a change of one bit of 32-bit numbers over all."""
+    x = np.asarray(x, np.uint32)
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x21F0AAAD) ^ np.uint32(salt)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0xD35A2D97)
+    return x ^ (x >> np.uint32(15))
+
+
+def random_bits(index: Array, h: Hyper) -> Array:
+    """32 random bits for each element number of a parameter, at step t."""
+    with np.errstate(over="ignore"):
+        key = mixed(int(h.seed), int(h.t))
+        low, high = index.astype(np.uint32), (index >> np.uint64(32)).astype(np.uint32)
+        return mixed(low ^ (key + high * np.uint32(0x9E3779B1)), int(mixed(key, 0x9E3779B9)))
+
+
+def round_stochastically(x: Array, index: Array, h: Hyper) -> Array:
+    """The bits of a bfloat16 next to each float32: away from zero with a probability of the part that is cut off."""
+    bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + (random_bits(index, h) >> np.uint32(16))) >> np.uint64(16)
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)

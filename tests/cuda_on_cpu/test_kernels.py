@@ -26,7 +26,10 @@ from cuda_on_cpu import (
 )
 from numpy_reference import Hyper
 
+# Both sides of every border: lanes for a row or a column, thread, warp and CTA rows, tiles and chunks, one and several
+# parts, and parts of one row that a warp or a CTA adds up.
 MATRICES = [(1, 1), (3, 7), (5, 255), (33, 768), (130, 300), (2, 5000), (1, 40000), (700, 1), (70, 1030)]
+MATRICES += [(9, 16), (20, 17), (2100, 3), (300, 40), (2, 2049), (3, 4097), (2, 8200), (1, 16384)]
 CUTS = [
     (3, 7, (4,)),
     (3, 7, (2, 5)),
@@ -42,7 +45,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     path: Path = tmp_path_factory.mktemp("cuda_on_cpu") / "kernels.so"
     flags = ["-O1", "-fPIC", "-shared", '-DAMOS_CUDA_ARCHS="none;cpu"']
     loaded = ctypes.CDLL(str(compile_for_cpu(path, SOURCE, HERE / "capi.cpp", flags=flags)))
-    loaded.amos_scratch_bytes.restype = loaded.amos_block_bytes.restype = ctypes.c_int64
+    for name in ("scratch_bytes", "block_bytes", "launches"):
+        getattr(loaded, f"amos_{name}").restype = ctypes.c_int64
     loaded.amos_error_string.restype = loaded.amos_architectures.restype = ctypes.c_char_p
     assert loaded.amos_block_bytes() == ctypes.sizeof(CBlock)
     return loaded
@@ -50,27 +54,93 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.mark.parametrize("way", ["step", "phases"])
 @pytest.mark.parametrize("moments", MOMENTS)
-@pytest.mark.parametrize(("rows", "cols"), MATRICES)
-def test_matrix(library: ctypes.CDLL, way: str, moments: str, rows: int, cols: int) -> None:
-    """Shapes on both sides of every border: thread, warp and CTA rows, tiles and chunks, one and several parts."""
-    piece = Piece(Problem(moments, rows, cols, Types(momentum="f32")))
-    Call(library, [piece]).run(way)
-    check(piece)
+def test_matrices(library: ctypes.CDLL, way: str, moments: str) -> None:
+    pieces = [Piece(Problem(moments, *shape, Types(momentum="f32"))) for shape in MATRICES]
+    Call(library, pieces).run(way)
+    for piece in pieces:
+        check(piece)
 
 
-@pytest.mark.parametrize("momentum", [None, "compute", "bf16"])
-@pytest.mark.parametrize(("param", "grad"), PAIRS)
-def test_dtypes(library: ctypes.CDLL, param: str, grad: str, momentum: str | None) -> None:
-    if momentum == "compute":
-        momentum = "f64" if param == "f64" else "f32"
-    types = Types(param, grad, momentum)
+TYPES = [Types(param, grad, momentum) for param, grad in PAIRS for momentum in (None, "bf16")]
+TYPES += [Types("f64", "f64", "f64"), Types("f32", "f32", "f32"), Types("bf16", "bf16", "f32")]
+TYPES += [Types("f32", grad, "f32", low=True) for grad in ("bf16", "f16")]
+TYPES += [Types("f32", "bf16", None, low=True)]
+
+
+@pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(map(str, dataclasses.astuple(types))))
+def test_dtypes(library: ctypes.CDLL, types: Types) -> None:
+    """Among them the new parameter in the gradient's dtype, low_param."""
     shapes = [(7, 96), (5, 61), (40, 1), (2, 2056)]
-    pieces = [Piece(Problem(moments, rows, cols, types)) for moments in MOMENTS for rows, cols in shapes]
     for way in ("step", "phases"):
-        pieces = [Piece(piece.problem) for piece in pieces]
+        pieces = [Piece(Problem(moments, rows, cols, types)) for moments in MOMENTS for rows, cols in shapes]
         Call(library, pieces, align=8).run(way)
         for piece in pieces:
             check(piece)
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("way", ["step", "phases"])
+def test_stochastic_rounding(library: ctypes.CDLL, way: str, offset: int) -> None:
+    """The very bits of the reference, beyond element 2**32 too; parameters without a seed among them."""
+    pieces = []
+    for moments in MOMENTS:
+        for number, (rows, cols) in enumerate([(40, 1), (9, 40), (3, 1061), (2, 2048)]):
+            hyper = Hyper(seed=[0.0, 12345.0, -1.0, 2.0**32 - 1][number], t=[1.0, 1000.0][number % 2])
+            problem = Problem(moments, rows, cols, Types("bf16", "bf16", "f32"), hyper)
+            problem.first = 2**32 - 30 if number == 1 else 3 * 2**33 * number
+            problem.grad[0, 0] = np.nan if number == 3 else 0
+            pieces.append(Piece(problem, offsets=(offset, offset, 4, 0)))
+    Call(library, pieces).run(way)
+    for piece in pieces:
+        check(piece)
+        if np.isnan(piece.problem.grad).any():
+            assert piece.param.bytes.view(np.uint16)[0] == 0x7FC0
+
+
+def test_stochastic_rounding_only_of_bfloat16(library: ctypes.CDLL) -> None:
+    for types in (Types("f32", "bf16", low=True), Types("f16", "f16")):
+        piece = Piece(Problem("row", 5, 100, types, Hyper(seed=7.0)))
+        Call(library, [piece]).run("step")
+        check(piece)
+
+
+def test_pieces_are_rounded_like_the_whole(library: ctypes.CDLL) -> None:
+    problem = Problem("row", 9, 70, Types("bf16", "bf16"), Hyper(seed=99.0))
+    for piece in run_pieces(library, problem, (100, 333)):
+        check(piece)
+
+
+@pytest.mark.parametrize("way", ["step", "phases"])
+def test_hypers_on_the_device(library: ctypes.CDLL, way: str) -> None:
+    """The same bits, and those of the numbers that are there when the kernels run."""
+    results = []
+    for on_device in (False, True):
+        pieces = []
+        for i, moments in enumerate(MOMENTS * 30):
+            problem = Problem(moments, 3, 20, Types("bf16", "bf16", "f32"), Hyper(lr=0.1 + i / 100, seed=float(i)), i)
+            pieces.append(Piece(problem))
+        Call(library, pieces, on_device=on_device).run(way)
+        for piece in pieces:
+            check(piece)
+        results.append([tensor.bytes.tobytes() for piece in pieces for tensor in piece.tensors()])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("shared", [5 * 1024, 64 * 1024])
+@pytest.mark.parametrize("offsets", [(0, 0, 0, 0), (1, 1, 1, 0), (0, 1, 0, 0)])
+def test_long_rows(library: ctypes.CDLL, shared: int, offsets: tuple[int, ...]) -> None:
+    """Rows beyond registers: in shared memory, or as much of them as fits, with arrays that fit each other and not."""
+    with environment(SHIM_SHARED=str(shared)):
+        piece = Piece(Problem("row", 64, 4101, Types("f64", "f64", "f64")), offsets=offsets)
+        Call(library, [piece]).run("step")
+        check(piece)
+
+
+def test_long_rows_of_half_the_width(library: ctypes.CDLL) -> None:
+    for types in (Types("f32", "bf16", "bf16", low=True), Types("bf16", "bf16")):
+        piece = Piece(Problem("row", 64, 16500, types, Hyper(seed=5.0)))
+        Call(library, [piece]).run("step")
+        check(piece)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +154,7 @@ def test_dtypes(library: ctypes.CDLL, param: str, grad: str, momentum: str | Non
         Hyper(c_coef=2.0, d_coef=0.0),
         Hyper(c_coef=0.0, d_coef=3.0),
         Hyper(momentum=0.0),
-        Hyper(lr=0.01, sigma=2.0, beta=0.999, bias=1 - 0.999, clip=0.1, grad_sign=-1.0),
+        Hyper(lr=0.01, sigma=2.0, beta=0.999, t=1.0, clip=0.1, grad_sign=-1.0),
     ],
 )
 def test_options(library: ctypes.CDLL, hyper: Hyper) -> None:
@@ -97,33 +167,58 @@ def test_options(library: ctypes.CDLL, hyper: Hyper) -> None:
 
 
 @pytest.mark.parametrize("align", [1, 8])
-@pytest.mark.parametrize("offsets", [(1, 1, 1), (2, 2, 2), (3, 3, 0), (0, 1, 0), (4, 12, 4), (1, 5, 1), (9, 5, 13)])
 @pytest.mark.parametrize(
-    "types", [Types("f32", "f32", "f32"), Types("f32", "bf16", "bf16"), Types("bf16", "bf16", "f32")]
+    "offsets", [(1, 1, 1, 1), (2, 2, 2, 2), (3, 3, 0, 3), (0, 1, 0, 0), (4, 12, 4, 8), (1, 5, 1, 2), (9, 5, 13, 1)]
 )
-def test_unaligned(library: ctypes.CDLL, types: Types, offsets: tuple[int, int, int], align: int) -> None:
+@pytest.mark.parametrize(
+    "types", [Types("f32", "f32", "f32"), Types("f32", "bf16", "bf16", low=True), Types("bf16", "bf16", "f32")]
+)
+def test_unaligned(library: ctypes.CDLL, types: Types, offsets: tuple[int, ...], align: int) -> None:
     """Vectors must begin where all arrays allow them: the emulation stops at a misaligned access."""
-    pieces = [Piece(Problem(moments, 3, cols, types), offsets=offsets) for moments in MOMENTS for cols in (64, 61)]
     for way in ("step", "phases"):
-        pieces = [Piece(piece.problem, offsets=offsets) for piece in pieces]
+        pieces = [Piece(Problem(moments, 3, cols, types), offsets=offsets) for moments in MOMENTS for cols in (64, 61)]
+        pieces += [Piece(Problem("row", 5, cols, types), offsets=offsets) for cols in (9, 1031)]
         Call(library, pieces, align).run(way)
         for piece in pieces:
             check(piece)
 
 
-@pytest.mark.parametrize("way", ["step", "phases"])
-def test_many_blocks(library: ctypes.CDLL, way: str) -> None:
-    """More than a launch can carry, with every kind and hyper-parameters of its own for each."""
+# Launches that do not depend on the number of tensors.
+LAUNCHES = {"step": 8, "sums": 3, "slots": 2, "update": 1}
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_many_tensors(library: ctypes.CDLL, on_device: bool) -> None:
+    """The table takes several uploads; the rest is launched once. Every kind, and hyper-parameters for each."""
     random = np.random.default_rng(1)
-    pieces = []
-    for i in range(500):
-        rows, cols = (int(x) for x in random.integers(1, 9, 2))
-        problem = Problem(MOMENTS[i % 3], rows, cols, hyper=Hyper(lr=0.1 + 0.001 * i, extra_l2=0.0), seed=i)
-        pieces.append(Piece(problem))
-    with environment(SHIM_SMS="3"):
-        Call(library, pieces).run(way)
-    for piece in pieces:
-        check(piece)
+    kinds = [("factored", (8, 40)), ("row", (4, 1)), ("row", (3, 30)), ("column", (4, 4)), ("row", (1, 1100))]
+    counts = {}
+    for n in (5, 2000):
+        pieces = []
+        for i in range(n):
+            moments, most = kinds[i % 5]
+            shape = most if i < 5 or i % 200 == 0 else (int(random.integers(1, most[0] + 1)), min(most[1], i % 19 + 1))
+            problem = Problem(moments, *shape, hyper=Hyper(lr=0.1 + 0.0001 * i, extra_l2=0.0), seed=i)
+            pieces.append(Piece(problem))
+        with environment(SHIM_SMS="2"):
+            call = Call(library, pieces, on_device=on_device)
+            before = library.amos_launches()
+            call.phase("step")
+            counts[n] = library.amos_launches() - before
+        for piece in pieces:
+            check(piece)
+    most_bytes = 2000 * (200 + 8 * LAUNCHES["step"] + (0 if on_device else 64))
+    assert counts[5] == LAUNCHES["step"] + 1 + on_device
+    assert LAUNCHES["step"] + 10 < counts[2000] <= LAUNCHES["step"] + most_bytes // 32000 + 2 + on_device
+
+
+def test_launches_of_the_phases(library: ctypes.CDLL) -> None:
+    call = Call(library, [Piece(Problem(moments, 3, 5000)) for moments in MOMENTS])
+    call.zero_columns()
+    for phase in ("sums", "slots", "update"):
+        before = library.amos_launches()
+        call.phase(phase)
+        assert library.amos_launches() - before == LAUNCHES[phase] + 1
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
@@ -162,7 +257,7 @@ def test_columns_are_added_to(library: ctypes.CDLL) -> None:
 @pytest.mark.parametrize("shape", [(5, 40), (1, 33000), (30, 1)])
 def test_zero_gradient_changes_nothing(library: ctypes.CDLL, way: str, moments: str, shape: tuple[int, int]) -> None:
     """At t = 1 with a new state, where v, b and the sums are all zero."""
-    problem = Problem(moments, *shape, hyper=Hyper(beta=0.999, bias=1 - 0.999, extra_l2=0.0))
+    problem = Problem(moments, *shape, hyper=Hyper(beta=0.999, t=1.0, extra_l2=0.0))
     problem.grad = np.zeros(shape)
     for entries in (problem.state.row_moment, problem.state.column_moment, problem.state.decay):
         entries[:] = 0
@@ -250,9 +345,9 @@ def test_blocks_without_momentum_among_others(library: ctypes.CDLL) -> None:
         check(piece)
 
 
-@pytest.mark.parametrize("shape", [(40, 1), (5, 300), (3, 2000), (2, 33000)])
+@pytest.mark.parametrize("shape", [(40, 1), (5, 300), (3, 2000), (2, 33000), (1, 16400)])
 def test_step_keeps_rows_out_of_the_workspace(library: ctypes.CDLL, shape: tuple[int, int]) -> None:
-    """Rows of `row` have no place there in `step`, however long they are, unless there is only one."""
+    """Rows of `row` have no place there in `step`, however long they are: few long ones use the scratch memory."""
     piece = Piece(Problem("row", *shape))
     call = Call(library, [piece])
     call.blocks[0].row_work = 2**40

@@ -1,97 +1,95 @@
-"""Bugs planted in the kernels: each must be caught, or the other tests here could not be trusted."""
+"""The kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (CUDA threads are its threads),
+and bugs planted in them: each must be caught, or the tests here could not be trusted."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cuda_on_cpu import HERE, MOMENTS, SANITIZERS, SOURCE, Problem, Replay, Types, compile_for_cpu, replay
+from cuda_on_cpu import HERE, MOMENTS, SANITIZERS, SOURCE, Problem, Replay, Types, compile_for_cpu, replay, write_call
 from numpy_reference import Hyper
 
-# Name: (file, text that occurs there once, what it becomes).
+# Name: (file, text that occurs there once, what its part between « and » becomes: an expression or a statement).
+# All are compiled into one program, which a variable of the environment tells which of them to commit.
 MUTANTS = {
-    "a lane's sum is lost": ("device.cuh", "lanes = kWarp / 2", "lanes = kWarp / 4"),
-    "half of the lanes in the mask": ("device.cuh", "kAllLanes = 0xffffffffu", "kAllLanes = 0x0000ffffu"),
-    "no barrier between warps' sums and their sum": ("device.cuh", "  __syncthreads();\n  T sum = 0;", "  T sum = 0;"),
-    "shared array one too short": ("device.cuh", "T part[kWarps];", "T part[kWarps - 1];"),
-    "vectors begin at the wrong element": ("device.cuh", "past ? V - past : 0", "past"),
-    "body longer than the segment": ("device.cuh", "(n - head) / V * V", "(n - head + V - 1) / V * V"),
-    "search stops one block early": ("device.cuh", ".first_unit <= unit", ".first_unit < unit"),
-    "columns' partial sums over those of the rows": (
-        "device.cuh",
-        "return row_partials(moments, rows, cols) + (moments",
-        "return (moments",
-    ),
-    "gradient's alignment not asked for": ("kernels.cuh", " || !aligned<V>(g + s.head)", ""),
-    "momentum's alignment not asked for": ("kernels.cuh", " || !(m + s.head).template fits<V>()", ""),
-    "columns' alignment not asked for": ("kernels.cuh", "if (aligned<V>(p)) {", "if (true) {"),
-    "ends of a segment skipped": ("kernels.cuh", "edge < n - s.body; edge", "edge < s.head; edge"),
-    "vectors run past the body": (
-        "kernels.cuh",
-        "s.head + s.body; i += lanes * V) update",
-        "n; i += lanes * V) update",
-    ),
-    "gradient not clipped in the update": ("kernels.cuh", "clipped(g[j], k.clip), B[j]", "g[j], B[j]"),
-    "momentum updated but not used": ("kernels.cuh", "step = m[j] = next_momentum", "m[j] = next_momentum"),
-    "rows beyond the matrix": (
-        "kernels.cuh",
-        "const int64_t rows = end < e.rows ? end : e.rows;",
-        "const int64_t rows = end;",
-    ),
-    "columns beyond the tile": ("kernels.cuh", "if (column + j < width) x", "x"),
-    "no barrier before a tile's columns are joined": (
-        "kernels.cuh",
-        "    __syncthreads();\n    T* out = batch.scratch",
-        "    T* out = batch.scratch",
-    ),
-    "next tile overwrites the columns": (
-        "kernels.cuh",
-        "    __syncthreads();  // the next tile overwrites `columns`\n",
-        "",
-    ),
-    "next unit overwrites the sums": ("kernels.cuh", "    __syncthreads();  // the next unit overwrites `sums`\n", ""),
-    "columns beyond the matrix": ("kernels.cuh", "if (warp_id() == 0 && column < e.cols) {", "if (warp_id() == 0) {"),
-    "step adds to old column sums": ("kernels.cuh", "batch.assign_columns ? 0.0 : double(total)", "double(total)"),
-    "profile not limited": ("kernels.cuh", "= profile_limit(v, e.k)", "= T(INFINITY)"),
-    "mean read before it is there": ("kernels.cuh", "  __syncthreads();  // the next parameter's cta_sum", "  //"),
-    "coefficients read before they are there": (
-        "kernels.cuh",
-        "    __syncthreads();  // the next row's cta_sum has another",
-        "    //",
-    ),
-    "a warp's barrier where the CTA's is needed": (
-        "kernels.cuh",
-        "    __syncthreads();  // the next row's cta_sum has another",
-        "    __syncwarp();  //",
-    ),
-    "barrier that one thread reaches": (
-        "kernels.cuh",
-        "if (lane == 0) shared = c;\n    __syncthreads();",
-        "if (lane == 0) shared = c, __syncthreads();",
-    ),
-    "every lane writes the state": (
-        "kernels.cuh",
-        "  if (lane == 0) {\n    const T G = sum / e.row_count;",
-        "  {\n    const T G = sum / e.row_count;",
-    ),
-    "units of the last batch counted again": (
-        "kernels.cu",
-        "    batch.units = 0;\n  }\n\n  // Launches",
-        "  }\n\n  // Launches",
-    ),
-    "blocks share scratch memory": ("kernels.cu", "      partial += partials(b.moments, b.rows, b.cols);\n", ""),
-    "rows of several parts not finished": (
-        "kernels.cu",
-        "row_parts(b.moments, b.cols) > 1 && ",
-        "row_parts(b.moments, b.cols) > 9 && ",
-    ),
-}
+    # device.cuh
+    "a lane's sum is lost": ("device.cuh", "distance = «lanes / 2»; distance > 0", "lanes / 4"),
+    "half of the lanes in the mask": ("device.cuh", "x += «__shfl_xor_sync(kAllLanes, x, distance)»",
+        "__shfl_xor_sync(0x0000ffffu, x, distance)"),
+    "no barrier between warps' sums and their sum": ("device.cuh", "«__syncthreads();»\n  const int warps", ";"),
+    "a warp's barrier where the CTA's is needed": ("device.cuh", "«__syncthreads();»\n  const int warps",
+        "__syncwarp();"),
+    "barrier that one thread reaches": ("device.cuh", "«__syncthreads();»\n  const int warps",
+        "if (threadIdx.x == 0) __syncthreads();"),
+    "vectors begin at the wrong element": ("device.cuh", "«past ? V - past : 0»", "past"),
+    "body longer than the segment": ("device.cuh", "«(n - head) / V * V»", "(n - head + V - 1) / V * V"),
+    "upper half of an element's number ignored": ("device.cuh", "static_cast<uint32_t>(«index >> 32»)", "0"),
+    # table.cuh
+    "search stops one block early": ("table.cuh", "«args.first_unit[probe] <= unit»", "args.first_unit[probe] < unit"),
+    "search runs past the table": ("table.cuh", "«probe < high» && args.first_unit", "true"),
+    "a block's last unit is the next one's first": ("table.cuh",
+        "end_ = «low + 1 < args.n ? args.first_unit[low + 1] : args.units»", "args.units"),
+    "constants of another parameter": ("table.cuh", "make_consts<T>(rows[«i»])", "0"),
+    # sums.cuh
+    "columns of a narrow tile not joined": ("sums.cuh", "(int distance = «lanes»; distance < kWarp", "2 * lanes"),
+    "rows beyond the matrix": ("sums.cuh", "mine.load_row(g, «(step + k) * stride < rows», x[k])", "true"),
+    "columns beyond the tile": ("sums.cuh", "if («i * V + j < mine») s[j]", "true"),
+    "no barrier before a tile's columns are joined": ("sums.cuh", "«__syncthreads();»\n    T* out", ";"),
+    "next tile overwrites the columns": ("sums.cuh", "«__syncthreads();»  // the next tile", ";"),
+    "sums of finished rows take no turns": ("sums.cuh", "«cta_sum(sum, part[turn ^= 1])» : warp_sum(sum, lanes)",
+        "cta_sum(sum, part[0])"),
+    "sums of finished columns take no turns": ("sums.cuh", "column_part[«turn ^= 1»]", "0"),
+    "step adds to old column sums": ("sums.cuh", "«args.assign_columns ? 0.0 : double(*out)»", "double(*out)"),
+    "columns beyond the matrix": ("sums.cuh", "if («mine < 0 || mine >= cols») continue", "mine < 0"),
+    "partial sums of columns over those of rows": ("sums.cuh",
+        "T* out = e.partial + «row_partials(e.moments, e.rows, e.cols)» + down", "0"),
+    # slots.cuh
+    "profile not limited": ("slots.cuh", "«profile_limit(v, k)»", "T(INFINITY)"),
+    "the mean is that of 256 columns": ("slots.cuh", "e.moment_sums[«unit - row_units»] = sum", "0"),
+    "every lane writes the state": ("slots.cuh", "if («writes»)", "true"),
+    # update.cuh
+    "gradient's alignment not asked for": ("update.cuh", "return «aligned<V>(g + i)» &&", "true"),
+    "momentum's alignment not asked for": ("update.cuh",
+        "«(!momentum || (bf16 ? aligned<V>(narrow_momentum() + i) : aligned<V>(wide_momentum() + i)))»", "true"),
+    "low_param's alignment not asked for": ("update.cuh", "«(!kLow || !low || aligned<V>(low + i))»", "true"),
+    "columns' alignment not asked for": ("update.cuh", "if («aligned<V>(p + i)») {", "true"),
+    "low_param has no ends": ("update.cuh", "if («low») store(low + i, x)", "V > 1 ? low : nullptr"),
+    "random numbers count from 0 in each vector": ("update.cuh", "narrow_stochastically(x[j], «first + i + j», k)",
+        "first + j"),
+    "random numbers repeat in each row": ("update.cuh", "first = e.first + «row * e.row_count» + column", "0"),
+    "gradient not clipped in the update": ("update.cuh", "«clipped(gs[j], k.clip)»", "gs[j]"),
+    "momentum updated but not used": ("update.cuh", "step = «m[j] = next_momentum(m[j], step, k)»",
+        "(m[j] = next_momentum(m[j], step, k), step)"),
+    "ends of a segment skipped": ("update.cuh", "first = lane; «first < n - body»; first +=", "first < head"),
+    "vectors run past the body": ("update.cuh", "if («i + a * stride < end») e[a].update", "true"),
+    "the first unit twice": ("update.cuh", "u = args.units - 1 - «i»", "(i ? i - 1 : 0)"),
+    # rows.cuh
+    "an element at a row's end not summed": ("rows.cuh", "if («edge >= 0») edge_g = ", "edge > 0"),
+    "a lane's last vector lost": ("rows.cuh", "mine = «(head + body - first + stride - V) / stride»",
+        "(head + body - first) / stride"),
+    "sums of rows take no turns": ("rows.cuh", "return cta_sum(sum, part[«turn ^= 1»]);", "0"),
+    "state of rows beyond the matrix": ("rows.cuh", "state.b, «there && lane == 0»)", "lane == 0"),
+    "more than the shared memory holds": ("rows.cuh", "fit = «vectors < capacity ? vectors : capacity»", "vectors"),
+    "wrong place in shared memory": ("rows.cuh", "at < fit ? held[«at»]", "i"),
+    "a thread's rows beyond the matrix": ("rows.cuh", "if («row >= e.rows») continue;\n      T sum", "false"),
+    # kernels.cu
+    "blocks share scratch memory": ("kernels.cu", "«place.add(b);»\n      if (new", ";"),
+    "A and B of few long rows over their partial sums": ("kernels.cu", "e.partial + «place.own_values(b)»", "0"),
+    "columns of a parameter's other blocks lost": ("kernels.cu", "«++entries_[leader].followers;»", ";"),
+    "a row does not fit its CTA": ("kernels.cu", "while («threads * kHeld<T>» < cols)", "2 * threads * kHeld<T>"),
+    "a narrow row does not fit its lanes": ("kernels.cu", "std::min(«kHeld<T>», kLaneCols)", "kLaneCols"),
+    "uploads over each other": ("kernels.cu", "reinterpret_cast<uint4*>(«table_ + at»)", "table_"),
+    "an upload loses its end": ("kernels.cu", "«size / sizeof(uint4)»", "size / sizeof(uint4) - 1"),
+    "units of another launch": ("kernels.cu", "«pass.first_unit * sizeof(int64_t)»", "0"),
+}  # fmt: skip
 
-# Reduced to what a mutant can be seen by: borders of tiles, chunks, vectors and batches.
-SHAPES = [(1, 1), (3, 7), (2, 255), (70, 36), (2, 1100), (40, 1), (1100, 5)]
-HYPER = Hyper(clip=1.5)
+# Small, but with borders of tiles, chunks, lanes, vectors, CTAs and uploads on both sides.
+SHAPES = [(1, 1), (3, 7), (2, 255), (70, 36), (2, 2100), (40, 1), (1100, 5)]
+HYPER = Hyper(clip=1.5, seed=3.0)
 
 
 def zero_column(problem: Problem) -> Problem:
@@ -99,54 +97,93 @@ def zero_column(problem: Problem) -> Problem:
     return problem
 
 
+def cut(problem: Problem) -> Problem:
+    problem.cut = True
+    return problem
+
+
+def late(problem: Problem) -> Problem:
+    problem.first = 2**33 + 2**32 - 50
+    return problem
+
+
+def problems(types: Types) -> list[Problem]:
+    return [Problem(moments, *shape, types, HYPER) for moments in MOMENTS for shape in SHAPES]
+
+
+LOW = Types("f32", "bf16", "f32", low=True)
 CALLS = [
-    *(
-        Replay([Problem(moments, *shape, types, HYPER) for moments in MOMENTS for shape in SHAPES], way, offsets)
-        for types in (Types(momentum="f32"), Types("f32", "bf16", "bf16"))
-        for way, offsets in (("step", (0, 0, 1)), ("phases", (1, 2, 1)))
-    ),
-    Replay([zero_column(Problem("factored", 3, 40)), Problem("row", 1, 33000), Problem("row", 2, 4097)], "phases"),
-    Replay([Problem("factored", 1, 1 + i % 40, seed=i) for i in range(200)], "step"),
-]
+    Replay(problems(LOW), "step", (0, 0, 1, 0)),
+    Replay(problems(LOW), "phases", (1, 2, 1, 1)),
+    Replay(problems(LOW), "step", (1, 1, 1, 2)),
+    Replay(problems(LOW), "step", (1, 1, 1, 1)),
+    Replay([late(problem) for problem in problems(Types("bf16", "bf16"))], "phases", (1, 1, 0, 0)),
+    Replay([Problem("row", 3, 100, Types("f64", "f64")), Problem("row", 66, 4101, Types("f64", "f64"))], "step"),
+    Replay([zero_column(Problem("factored", 3, 40)), cut(Problem("factored", 3, 600)), Problem("row", 1, 33000)],
+           "phases"),
+    Replay([Problem("factored", 10, 17000), Problem("row", 2, 33000)], "step"),
+    Replay([Problem("row", 1, 1 + i % 40, hyper=Hyper(lr=0.1 + i / 100), seed=i) for i in range(200)], "step",
+           on_device=True),
+]  # fmt: skip
 # ThreadSanitizer is slow; it needs every barrier, not every border. In reverse order, those who wait for thread 0 read
 # right after it has written, before ThreadSanitizer forgets who wrote.
+RACES = [
+    Replay([Problem(m, *s) for m in MOMENTS for s in [(70, 36), (130, 20), (9, 1100), (300, 1)]], "step"),
+    Replay([Problem("factored", 4, 17000)], "step"),
+    Replay([Problem("row", rows, 4100, Types("f64", "f64")) for rows in (20, 64)], "step"),
+]
 HUNTERS = [
     *(("plain", order, CALLS) for order in ("fwd", "rev", "7")),
     ("asan", "fwd", CALLS),
-    ("tsan", "rev", [Replay([Problem(m, *s) for m in MOMENTS for s in [(70, 36), (2, 1100)]], "step")]),
+    ("tsan", "rev", RACES),
 ]
-UNUSED_TYPES = ("(Dtype::f64, ", "(Dtype::bf16, ", "(Dtype::f16, ", "Dtype::f16)) ")
 
 
-def plant(folder: Path, name: str) -> Path:
-    """A copy of the sources with one bug, for the types of CALLS alone, which halves the time to compile."""
+def planted(part: str, bugs: list[tuple[int, str]]) -> str:
+    """A part of the source with bugs that the variable MUTANT wakes."""
+    if not bugs:
+        return part
+    (number, new), *others = bugs
+    if part.endswith(";"):
+        return f"if (planted({number})) {{ {new} }} else {{ {planted(part, others)} }}"
+    return f"(planted({number}) ? ({new}) : ({planted(part, others)}))"
+
+
+def plant(folder: Path) -> Path:
+    """A copy of the sources with all bugs asleep. Few CTAs, so that each of them has several units to do."""
     (folder / "cuda").mkdir(parents=True)
     for header in ("amos_math.h", "block.h"):
         (folder / header).write_text((SOURCE.parents[1] / header).read_text())
-    for file in ("device.cuh", "kernels.cuh", "kernels.cu"):
-        text = (SOURCE.parent / file).read_text()
-        if name in MUTANTS and MUTANTS[name][0] == file:
-            _, old, new = MUTANTS[name]
-            assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
-            text = text.replace(old, new)
-        lines = text.split("\n")
-        text = "\n".join(
-            line for line in lines if not (line.startswith("  if (is(") and any(t in line for t in UNUSED_TYPES))
-        )
-        (folder / "cuda" / file).write_text(text)
-    return folder / "cuda" / "kernels.cu"
+    for file in (*SOURCE.parent.glob("*.cuh"), SOURCE):
+        text = file.read_text()
+        bugs: dict[tuple[int, int], list[tuple[int, str]]] = {}
+        for number, (where, old, new) in enumerate(MUTANTS.values(), 1):
+            if where == file.name:
+                before, part, after = re.split("[«»]", old)
+                assert text.count(before + part + after) == 1, f"{where} does not have once: {before}{part}{after}"
+                begin = text.index(before + part + after) + len(before)
+                bugs.setdefault((begin, begin + len(part)), []).append((number, new))
+        for begin, end in sorted(bugs, reverse=True):
+            text = text[:begin] + planted(text[begin:end], bugs[begin, end]) + text[end:]
+        text = text.replace("kThreadsPerSm = 2048", "kThreadsPerSm = 512")
+        (folder / "cuda" / file.name).write_text(text.replace("#pragma once\n", '#pragma once\n#include "planted.h"\n'))
+    (folder / "cuda" / "planted.h").write_text(
+        """#pragma once
+        #include <cstdlib>
+        inline const int planted_number = std::atoi(std::getenv("MUTANT"));
+        inline bool planted(int number) { return number == planted_number; }
+        """
+    )
+    return folder / "cuda" / SOURCE.name
 
 
-def hunt(folder: Path, name: str) -> str | None:
+def hunt(drivers: dict[str, Future[Path]], given: dict[str, Path], left: Path, mutant: int) -> str | None:
     """What caught the mutant first, cheapest hunter first; None if it lives."""
-    source = plant(folder, name)
     results: dict[str, bytes] = {}
     for sanitizer, order, calls in HUNTERS:
-        driver = folder / sanitizer
-        if not driver.exists():
-            compile_for_cpu(driver, source, HERE / "driver.cpp", flags=["-w", *SANITIZERS[sanitizer]])
+        driver = drivers[sanitizer].result()
         try:
-            result = replay(driver, folder, calls, order)
+            result = replay(driver, given[sanitizer], left, calls, order, mutant)
         except (AssertionError, RuntimeError) as caught:
             return f"{sanitizer} {order}: {caught}"
         if result != results.setdefault(sanitizer, result):
@@ -155,11 +192,25 @@ def hunt(folder: Path, name: str) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def hunts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[str | None]]:
+def hunts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[str | None]]]:
     folder = tmp_path_factory.mktemp("mutants")
-    pool = ThreadPoolExecutor(os.cpu_count())
-    names = ["none", *MUTANTS]
-    return {name: pool.submit(hunt, folder / str(i), name) for i, name in enumerate(names)}
+    source = plant(folder)
+    given = {}
+    for sanitizer, _, calls in HUNTERS:
+        if sanitizer not in given:
+            given[sanitizer] = folder / f"{sanitizer}.in"
+            given[sanitizer].write_bytes(b"".join(write_call(call) for call in calls))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        drivers = {  # the one that takes longest to compile first
+            name: pool.submit(
+                compile_for_cpu, folder / name, source, HERE / "driver.cpp", flags=["-w", *SANITIZERS[name]]
+            )
+            for name in ("asan", "plain", "tsan")
+        }
+        yield {
+            name: pool.submit(hunt, drivers, given, folder / f"{number}.out", number)
+            for number, name in enumerate(["none", *MUTANTS])
+        }
 
 
 def test_original_lives(hunts: dict[str, Future[str | None]]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from amos_dist import Amos
 from amos_dist.reference import amos_step
+from amos_dist.tables import seed_of_parameter
 
 from ..conftest import TOLERANCES, Tolerance, relative_error
 
@@ -86,11 +87,12 @@ def follow(
     expected = [param.detach().clone() for param in params]
     states: list[dict[str, Any]] = [{} for _ in params]
     for t in range(1, steps + 1):
-        for param, copy, state, grad in zip(params, expected, states, grads(t), strict=True):
+        for i, (param, copy, state, grad) in enumerate(zip(params, expected, states, grads(t), strict=True)):
             param.grad = grad
             given = {**group_of[id(param)], **changed}
             settings = {key: value for key, value in given.items() if key in REFERENCE_KEYWORDS}
             settings["lr"] = float(settings["lr"])
+            settings["seed"] = seed_of_parameter(settings["seed"], i)
             if grad is not None:
                 amos_step(copy, grad, state, **settings)
         optimizer.step()

@@ -12,11 +12,18 @@ from amos_dist import Amos, build_info
 
 # Large enough for several threads (32768 elements each); rows, tails and columns that no vector divides.
 SHAPES = [(), (37,), (131, 517), (3, 25001), (9001, 7), (1, 70003), (61, 3, 33)]
-MOMENTUM = {torch.float64: None, torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: None}
+VARIANTS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float64": (torch.float64, {}),
+    "float32": (torch.float32, {"momentum": 0.9}),
+    "bfloat16": (torch.bfloat16, {"momentum": 0.9, "momentum_dtype": "bfloat16"}),
+    "float16": (torch.float16, {}),
+    "stochastic": (torch.bfloat16, {"stochastic_rounding": True}),
+    "master": (torch.bfloat16, {"master_weights": True}),
+}
 
 
-def hashed(dtype: torch.dtype, draw: list[torch.Tensor]) -> str:
-    given = {"momentum": 0.9, "momentum_dtype": MOMENTUM[dtype]} if MOMENTUM[dtype] else {}
+def hashed(variant: str, draw: list[torch.Tensor]) -> str:
+    dtype, given = VARIANTS[variant]
     groups = [
         {"params": [(x / 2).to(dtype).requires_grad_() for x in draw], "moments": moments}
         for moments in ("factored", "row", "column", "scalar", "full")
@@ -42,8 +49,8 @@ def measure() -> dict[str, Any]:
     result: dict[str, list[str]] = {}
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        for dtype in MOMENTUM:
-            result.setdefault(str(dtype), []).append(hashed(dtype, draw))
+        for variant in VARIANTS:
+            result.setdefault(variant, []).append(hashed(variant, draw))
     return {"isa": build_info()["cpu_instruction_set"], "hashes": result}
 
 

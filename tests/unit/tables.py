@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amos_dist.plan import CODES, has_columns, has_rows
 from amos_dist.sharding import Piece
+from amos_dist.state import has_columns, has_rows
+from amos_dist.tables import CODES
 
 from .compare import randn
 
@@ -23,41 +24,37 @@ class Case:
     param: list[Tensor]
     grad: list[Tensor]
     momentum: list[Tensor]
-    row_moment: list[Tensor]
-    column_moment: list[Tensor]
-    decay: list[Tensor]
+    low_param: list[Tensor]
+    state: Tensor
     work: Tensor
     blocks: Tensor
     hyper: Tensor
     names: str
 
-    @property
-    def state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        return self.row_moment, self.column_moment, self.decay
-
     def arguments(self, op: str) -> tuple[Any, ...]:
         end = (self.work, self.blocks, self.hyper, self.names)
         return {
             "sums_": (self.grad, *end),
-            "slots_": (*self.state, *end),
-            "update_": (self.param, self.grad, self.momentum, *end),
-            "step_": (self.param, self.grad, self.momentum, *self.state, *end),
+            "slots_": (self.state, *end),
+            "update_": (self.param, self.grad, self.momentum, self.low_param, *end),
+            "step_": (self.param, self.grad, self.momentum, self.low_param, self.state, *end),
         }[op]
 
     def clone(self) -> Case:
         copied = {
             key: [t.clone() for t in value] if isinstance(value, list) else value for key, value in vars(self).items()
         }
-        return Case(**{**copied, "work": self.work.clone()})
+        return Case(**{**copied, "work": self.work.clone(), "state": self.state.clone()})
 
     def changed(self) -> list[Tensor]:
-        return [*self.param, *self.momentum, *self.row_moment, *self.column_moment, *self.decay]
+        return [*self.param, *self.momentum, *self.low_param, self.state]
 
 
-def hyper_of(draw: random.Random, momentum: float) -> list[float]:
+def hyper_of(draw: random.Random, momentum: float, stochastic: bool) -> list[float]:
+    seed = float(draw.randrange(2**32)) if stochastic else -1.0
     t, beta = draw.randint(1, 30), draw.choice([0.9, 0.99])
     clip, sign = draw.choice([math.inf, 0.7]), draw.choice([1.0, -1.0])
-    return [0.1, draw.uniform(0.1, 1), beta, 1 - beta**t, momentum, clip, 0.01, 0.25, 0.5, 2.0**-125, sign]
+    return [0.1, draw.uniform(0.1, 1), beta, t, momentum, clip, 0.01, 0.25, 0.5, 2.0**-125, sign, seed]
 
 
 def make_case(
@@ -68,6 +65,8 @@ def make_case(
     momentum_dtype: torch.dtype | None = None,
     cut: bool = True,
     largest: int = 50,
+    low: bool = False,
+    stochastic: bool = False,
 ) -> Case:
     """Two tensors, each with a few pieces of parameters.
 
@@ -76,18 +75,20 @@ def make_case(
     """
     draw = random.Random(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    lists: dict[str, list[Tensor]] = {
-        key: [] for key in ("param", "grad", "momentum", "row_moment", "column_moment", "decay")
-    }
-    table, hyper, places = [], [], 0
+    lists: dict[str, list[Tensor]] = {key: [] for key in ("param", "grad", "momentum", "low_param")}
+    table, hyper, places, held = [], [], 0, 0
     for number in range(2):
-        size = rows_held = columns_held = decay_held = 0
+        size = 0
         for _ in range(draw.randint(1, 4)):
             kind = draw.choice(kinds)
             rows, cols = draw.randint(1, largest), draw.randint(1, largest)
             start = draw.randrange(rows * cols) if cut else 0
             piece = Piece(0, rows, cols, start, draw.randint(1, rows * cols - start) if cut else rows * cols, size)
-            numbers = hyper_of(draw, 0.9 if momentum_dtype else 0.0)
+            hyper.append(hyper_of(draw, 0.9 if momentum_dtype else 0.0, stochastic))
+            row_state = held
+            column_state = row_state + (piece.touched_rows if has_rows(kind) else 0)
+            decay_state = column_state + (cols if has_columns(kind) else 0)
+            held = decay_state + (piece.touched_rows if has_rows(kind) else cols)
             column_work = places
             places += cols if has_columns(kind) else 0
             for i, block in enumerate(piece.blocks()):
@@ -97,23 +98,20 @@ def make_case(
                 columns = cols if has_columns(kind) and i == 0 else 0
                 table.append([
                     number, size + block.offset, block.rows, block.cols, CODES[kind], cols, rows,
-                    rows_held + below, columns_held, decay_held + below, row_work, column_work, block.column, columns,
+                    row_state + below, column_state, decay_state + below, row_work, column_work, block.column, columns,
+                    len(hyper) - 1, piece.start + block.offset,
                 ])  # fmt: skip
-                hyper.append(numbers)
             size += piece.length
-            rows_held += piece.touched_rows if has_rows(kind) else 0
-            columns_held += cols if has_columns(kind) else 0
-            decay_held += piece.touched_rows if has_rows(kind) else cols
-        seeds = [10 * seed + 1000 * number + i for i in range(6)]
+        seeds = [10 * seed + 1000 * number + i for i in range(3)]
         lists["param"].append(randn(seeds[0], size, dtype=dtype))
         lists["grad"].append(randn(seeds[1], size, dtype=grad_dtype or dtype))
         if momentum_dtype:
             lists["momentum"].append(0.1 * randn(seeds[2], size, dtype=momentum_dtype))
-        lists["row_moment"].append(randn(seeds[3], rows_held, dtype=wide).square())
-        lists["column_moment"].append(randn(seeds[4], columns_held, dtype=wide).square())
-        lists["decay"].append(randn(seeds[5], decay_held, dtype=wide).square())
+        if low:
+            lists["low_param"].append(torch.zeros(size, dtype=grad_dtype))
     return Case(
         **lists,
+        state=randn(10 * seed + 5, held, dtype=wide).square(),
         work=torch.zeros(3, places, dtype=wide),
         blocks=torch.tensor(table, dtype=torch.int64),
         hyper=torch.tensor(hyper, dtype=torch.float64),

@@ -77,7 +77,7 @@ def test_sums_of_long_rows() -> None:
         case = make_case(3, ("row",), cut=False)
         grad = torch.linspace(-1, 1, rows * cols)
         work = torch.zeros(3, rows)
-        fields = [0, 0, rows, cols, 0, cols, rows, 0, 0, 0, 0, 0, 0, 0]
+        fields = [0, 0, rows, cols, 0, cols, rows, 0, 0, 0, 0, 0, 0, 0, 0, 0]
         hyper = case.hyper[:1].clone()
         hyper[0, 5] = float("inf")
         native.sums_([grad], work, torch.tensor([fields]), hyper, "")
@@ -85,7 +85,7 @@ def test_sums_of_long_rows() -> None:
 
 
 def test_kinds_have_codes() -> None:
-    from amos_dist.plan import CODES
+    from amos_dist.tables import CODES
 
     assert set(CODES) == set(KINDS)
 
@@ -145,22 +145,22 @@ BAD: dict[str, tuple[dict[str, Callable[[Any], Any]], str]] = {
     "momentum dtype": ({"momentum": lambda ts: [t.half() for t in ts]}, r"momentum\[0\] 'a': expected float32 or"),
     "momentum list": ({"momentum": lambda ts: ts[:1]}, r"momentum: expected 2 tensors, got 1"),
     "momentum small": ({"momentum": second(lambda x: x[:3])}, r"momentum\[1\] 'b': expected at least"),
-    "row dtype": ({"row_moment": second(lambda x: x.double())}, r"row_moment\[1\] 'b': expected contiguous float32"),
-    "row list": ({"row_moment": lambda ts: ts[:1]}, r"row_moment: expected 2 tensors, got 1"),
-    "row small": ({"row_moment": second(lambda x: x[:0])}, r"row_moment\[1\] 'b': expected at least"),
-    "column small": ({"column_moment": second(lambda x: x[:0])}, r"column_moment\[1\] 'b': expected at least"),
-    "decay small": ({"decay": second(lambda x: x[:0])}, r"decay\[1\] 'b': expected at least"),
-    "decay dtype": ({"decay": second(lambda x: x.bfloat16())}, r"decay\[1\] 'b': expected contiguous float32"),
+    "state dtype": ({"state": lambda x: x.double()}, r"state: expected a contiguous vector of float32"),
+    "state small": ({"state": lambda x: x[:-1]}, r"blocks\[\d+\]: expected \d+ elements of state from number \d+ on"),
+    "state before": ({"blocks": field(9, -1)}, r"blocks\[\d+\]: expected \d+ elements of state from number -1 on"),
+    "low of float32": ({"low_param": lambda _: [torch.zeros(9)] * 2}, r"low_param\[0\] 'a': expected float32 param.*"),
     "work shape": ({"work": lambda w: w[:2]}, r"work: expected a contiguous tensor of shape \[3, n\]"),
     "work small": ({"work": lambda w: w[:, :3].contiguous()}, r"blocks.*beyond the workspace of 3 elements"),
     "work dtype": ({"work": lambda w: w.bfloat16()}, r"work: expected float32 or float64, got bfloat16"),
     "blocks dtype": (
         {"blocks": lambda b: b.int()},
-        r"blocks: expected a contiguous int64 CPU tensor of shape \[n, 14\]",
+        r"blocks: expected a contiguous int64 CPU tensor of shape \[n, 16\]",
     ),
-    "blocks shape": ({"blocks": lambda b: b[:, :13].contiguous()}, r"blocks: expected a contiguous int64"),
-    "hyper dtype": ({"hyper": lambda h: h.float()}, r"hyper: expected a contiguous float64 CPU tensor"),
-    "hyper rows": ({"hyper": lambda h: h[1:]}, r"hyper: expected a contiguous float64 CPU tensor of shape \[\d+, 11\]"),
+    "blocks shape": ({"blocks": lambda b: b[:, :15].contiguous()}, r"blocks: expected a contiguous int64"),
+    "hyper dtype": ({"hyper": lambda h: h.float()}, r"hyper: expected a contiguous float64 tensor"),
+    "hyper fields": ({"hyper": lambda h: h[:, 1:]}, r"hyper: expected a contiguous float64 tensor of shape \[n, 12\]"),
+    "hyper rows": ({"hyper": lambda h: h[1:]}, r"blocks\[\d+\]: a field is out of range"),
+    "first element": ({"blocks": field(15, -1)}, r"blocks\[\d+\]: a field is out of range"),
     "no such tensor": ({"blocks": field(0, 2)}, r"blocks\[\d+\]: a field is out of range"),
     "before its start": ({"blocks": field(1, -1)}, r"param\[1\] 'b': expected at least"),
     "negative rows": ({"blocks": field(2, -1)}, r"blocks\[\d+\]: a field is out of range"),
@@ -204,10 +204,10 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import amos_dist
-grad, work, hyper = torch.ones(1), torch.zeros(3, 1), torch.full((1, 11), 0.5, dtype=torch.float64)
-blocks = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0]])
+grad, work, hyper = torch.ones(1), torch.zeros(3, 1), torch.full((1, 12), 0.5, dtype=torch.float64)
+blocks = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]])
 try:
-    torch.ops.amos_dist.update_([], [grad], [], work, blocks, hyper, "a")
+    torch.ops.amos_dist.update_([], [grad], [], [], work, blocks, hyper, "a")
 except RuntimeError as error:
     print(error)
 """

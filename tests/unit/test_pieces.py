@@ -12,10 +12,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from amos_dist import plan
-from amos_dist.plan import Member, Plan, state_sizes
+from amos_dist.plan import Member, Plan
 from amos_dist.reference import amos_step
 from amos_dist.sharding import Layout, Piece, cut_rows
 from amos_dist.sharding.layout import Cut
+from amos_dist.state import state_sizes
+from amos_dist.tables import Constants
 
 from ..conftest import relative_error
 from .compare import KINDS, randn
@@ -110,14 +112,14 @@ class FakePending:
         pass
 
 
-NUMBERS = [0.1, 0.3, 0.9, 1 - 0.9, 0.9, 1.5, 0.01, 0.25, 0.25, 2.0**-125, 1.0]
+NUMBERS = [0.0, 0.3, 0.9, 0.0, 0.9, 1.5, 0.01, 0.25, 0.25, 2.0**-125, 1.0, -1.0]  # lr and t are the group's and step's
 SETTINGS: dict[str, Any] = {"lr": 0.1, "sigma": 0.3, "beta": 0.9, "momentum": 0.9, "clip_value": 1.5, "extra_l2": 0.01}
 SHAPES = [(5, 7), (1, 3), (11, 2), (4, 6), (2, 1), (13, 5)]
 VIEWS = {"scalar": lambda n, rows, cols: (1, n), "full": lambda n, rows, cols: (n, 1)}
 
 
-def numbers(key: int, group: Any, t: int) -> list[float]:
-    return [*NUMBERS[:3], 1 - 0.9**t, *NUMBERS[4:]]
+def constants(key: int, group: Any) -> Constants:
+    return Constants(1.0, NUMBERS)
 
 
 def shard(rank: int, ranks: Ranks, kinds: list[str], flat: torch.Tensor) -> tuple[torch.Tensor, Layout]:
@@ -164,7 +166,8 @@ def test_simulated_ranks(size: int, kind: str, fused: bool, monkeypatch: pytest.
             state = {"step": torch.zeros(()), "momentum": torch.zeros_like(tensor)}
             for key, entries in state_sizes(layout.pieces, named).items():
                 state[key] = torch.zeros(entries, dtype=torch.float64)
-            one = Plan([Member(tensor, {}, layout, "flat", torch.float64, fused)], named, numbers)
+            member = Member(tensor, {"lr": 0.1}, layout, "flat", torch.float64, fused, capturable=False, master=False)
+            one = Plan([member], named, constants)
             for gradient in flat_grads:
                 tensor.grad = shard(rank, ranks, kinds, gradient)[0]
                 one.run({tensor: state})

@@ -44,7 +44,12 @@ BAD_VALUES: list[tuple[str, Any, type[Exception]]] = [
     ("maximize", 1, TypeError),
     ("fused", "yes", TypeError),
     ("foreach", 1, TypeError),
-    ("capturable", True, ValueError),
+    ("capturable", 1, TypeError),
+    ("master_weights", "yes", TypeError),
+    ("stochastic_rounding", 0.5, TypeError),
+    ("seed", -1, ValueError),
+    ("seed", 2**31, ValueError),
+    ("seed", 1.5, ValueError),
 ]
 ids = [f"{key}={value}" for key, value, _ in BAD_VALUES]
 

@@ -51,8 +51,8 @@ def by_isa() -> dict[str, dict[str, Any]]:
 
 def test_threads(by_isa: dict[str, dict[str, Any]]) -> None:
     for isa, result in by_isa.items():
-        for dtype, values in result["hashes"].items():
-            assert len(set(values)) == 1, f"{isa}, {dtype}: 1, 2 and 3 threads gave {values}"
+        for variant, values in result["hashes"].items():
+            assert len(set(values)) == 1, f"{isa}, {variant}: 1, 2 and 3 threads gave {values}"
 
 
 def test_instruction_sets(by_isa: dict[str, dict[str, Any]]) -> None:
