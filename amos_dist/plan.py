@@ -66,6 +66,7 @@ class _Launch:
         self.local, self.shared = Blocks(), Blocks()  # of parameters that are whole here; of those that are cut
         self.rows: list[tuple[int, int]] = []  # of the hyper-parameters: the parameter's key, the number of its tensor
         self.numbers: Numbers | None = None
+        self.stale = True  # a hyper-parameter other than lr has changed
         self.places: list[dict[str, int]] = []  # where each tensor's state begins in the buffer
         self.size = 0  # of that buffer
         self.state = self.steps = torch.empty(0)
@@ -80,11 +81,15 @@ class _Launch:
         self.tensors = [member.tensor for member in self.members]
         self.names = "\n".join(member.name for member in self.members)
 
-    def make_numbers(self, constants_of: ConstantsOf) -> Numbers:
+    def fill_numbers(self, constants_of: ConstantsOf) -> None:
+        """Reads the hyper-parameters of the groups; all before any is changed, because one may be wrong."""
         groups = [member.group for member in self.members]
         constants = [constants_of(key, groups[number]) for key, number in self.rows]
-        device = self.device if self.capturable else torch.device("cpu")
-        return Numbers(constants, [number for _, number in self.rows], groups, device)
+        if self.numbers is None:
+            device = self.device if self.capturable else torch.device("cpu")
+            self.numbers = Numbers([number for _, number in self.rows], groups, device)
+        self.numbers.fill(constants)
+        self.stale = False
 
     def bind(self, states: dict[Tensor, State]) -> None:
         """All state in one buffer and all steps in another, of which the tensors' states become views.
@@ -249,7 +254,7 @@ class Plan:
     def settings_changed(self) -> None:
         """Somebody changed a hyper-parameter, other than lr, in a group."""
         for launch in self.launches:
-            launch.numbers = None
+            launch.stale = True
 
     def run(self, states: dict[Tensor, State]) -> None:
         """Moves every tensor that has a gradient by one step, and its state with it.
@@ -262,11 +267,10 @@ class Plan:
             for launch in self.launches:
                 launch.bind(states)
             self._seen = list(states.values())
-        calls = []
-        for bucket in self.buckets:
-            for launch in bucket.launches.values():
-                launch.numbers = launch.numbers or launch.make_numbers(self.constants_of)
-                calls.append(_Call(bucket, launch, launch.numbers))
+        for launch in self.launches:
+            if launch.stale:
+                launch.fill_numbers(self.constants_of)
+        calls = [_Call(bucket, launch) for bucket in self.buckets for launch in bucket.launches.values()]
         for bucket in self.buckets:
             if bucket.travelling:
                 bucket.shared_work[0, : bucket.travelling] = 0
@@ -305,7 +309,7 @@ class _Call:
     Small models spend more time here than in the kernels: no work for each tensor that a list comprehension cannot do.
     """
 
-    def __init__(self, bucket: _Bucket, launch: _Launch, numbers: Numbers) -> None:
+    def __init__(self, bucket: _Bucket, launch: _Launch) -> None:
         self.bucket, self.launch = bucket, launch
         states = launch.states
         self.present: list[bool] | None = None
@@ -318,7 +322,8 @@ class _Call:
         if launch.master:
             self.params, self.low = [state["master"] for state in states], self.dense
         self.momentum = [state["momentum"] for state in states] if launch.with_momentum else []
-        self.hyper = numbers.at(launch.steps)
+        assert launch.numbers is not None
+        self.hyper = launch.numbers.at(launch.steps)
 
     def _gradients(self) -> list[Tensor]:
         """Contiguous, of one dtype: the parameter's, or for float32 parameters a lower one that all gradients have."""

@@ -54,34 +54,38 @@ class Numbers:
     """Rows of the table of hyper-parameters, one for each parameter.
 
     Args:
-        constants: one for each row. members: the number of the tensor that each row belongs to.
+        members: the number of the tensor that each row belongs to.
         groups: the parameter group of each tensor.
         device: where the table is: the CPU, or, so that a CUDA graph can change it, that of the tensors.
     """
 
-    def __init__(
-        self, constants: list[Constants], members: list[int], groups: list[dict[str, Any]], device: torch.device
-    ) -> None:
-        rows = [each.numbers for each in constants]
-        self.table = torch.tensor(rows, dtype=torch.float64, device=device).view(-1, HYPER_FIELDS)
+    def __init__(self, members: list[int], groups: list[dict[str, Any]], device: torch.device) -> None:
+        # Filled in place: a CUDA graph knows where it is.
+        self.table = torch.zeros(len(members), HYPER_FIELDS, dtype=torch.float64, device=device)
         self._members = torch.tensor(members, dtype=torch.int64, device=device)
-        self._groups: list[tuple[dict[str, Any], Tensor, Tensor]] = []  # the group, its rows, their factors
-        self._lr: list[float | None] = []
+        self._factors = torch.zeros(len(members), dtype=torch.float64, device=device)
+        self._groups: list[tuple[dict[str, Any], Tensor]] = []  # a group, its rows
         for group in {id(group): group for group in groups}.values():
             mine = [i for i, member in enumerate(members) if groups[member] is group]
-            factors = torch.tensor([constants[i].factor for i in mine], dtype=torch.float64, device=device)
-            self._groups.append((group, torch.tensor(mine, dtype=torch.int64, device=device), factors))
-            self._lr.append(None)
+            self._groups.append((group, torch.tensor(mine, dtype=torch.int64, device=device)))
+        self._lr: list[float | None] = []
+
+    def fill(self, constants: list[Constants]) -> None:
+        """constants: one for each row."""
+        rows = torch.tensor([each.numbers for each in constants], dtype=torch.float64).view(-1, HYPER_FIELDS)
+        self.table.copy_(rows)
+        self._factors.copy_(torch.tensor([each.factor for each in constants], dtype=torch.float64))
+        self._lr = [None] * len(self._groups)
 
     def at(self, steps: Tensor) -> Tensor:
         """float64 [n, 12]: the table of the next step. steps: how many each tensor has taken."""
         self.table[:, T] = steps[self._members] + 1
-        for i, (group, rows, factors) in enumerate(self._groups):
+        for i, (group, rows) in enumerate(self._groups):
             lr = group["lr"]
             if isinstance(lr, Tensor) and lr.device == self.table.device and lr.device.type != "cpu":
-                self.table[rows, LR] = factors * lr  # no look at its value: that would wait for the device
+                self.table[rows, LR] = self._factors[rows] * lr  # no look at its value: that would wait for the device
                 self._lr[i] = None
             elif float(lr) != self._lr[i]:
                 self._lr[i] = float(lr)
-                self.table[rows, LR] = factors * float(lr)
+                self.table[rows, LR] = self._factors[rows] * float(lr)
         return self.table

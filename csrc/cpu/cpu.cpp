@@ -30,7 +30,8 @@ constexpr int64_t kColumnSplits = 16;  // row ranges whose column sums are made 
 constexpr int64_t kTileCols = 1024;    // columns of such a range at a time: their sums and a few rows fit in L1
 constexpr int64_t kGrain = 32768;      // elements that are worth a thread
 constexpr int64_t kAhead = 1024;       // elements; see kernels.inl
-constexpr int64_t kTileRows = 32;      // rows of such a tile that the second pass takes at a time
+constexpr int64_t kTileRows = 32;      // rows of such a tile that are taken before the next tile
+constexpr int64_t kTaskTiles = 16;     // tiles beside each other that one thread takes
 
 // How a new parameter is written: in its own type; also to low_param; in bf16 with stochastic rounding.
 enum class Write { plain, low, stochastic };
@@ -205,22 +206,27 @@ void row_block_sums(const Block& b, T clip, T* out) {
   }
 }
 
-// Row and column sums in one reading. A task is a range of rows and a tile of columns.
+// Row and column sums in one reading. A task is a range of rows and of tiles; it takes few rows at a time, so that it
+// comes back to the same pages of memory soon.
 template <class T, class G>
 void tile_sums(const Block& b, T clip, T* rows, T* columns) {
   const SumKernels<T, G> kernels = pick_sums<T, G>();
   const G* g = static_cast<const G*>(b.grad);
   const int64_t each = ceil_div(std::max<int64_t>(64, ceil_div(b.rows, kColumnSplits)), 4) * 4;
   const int64_t splits = ceil_div(b.rows, each), tiles = ceil_div(b.cols, kTileCols);
+  const int64_t width = kTaskTiles * kTileCols, widths = ceil_div(b.cols, width);
   double* row_parts = scratch(b.rows * tiles + splits * b.cols);  // [row][tile], then [split][column]
   T* column_parts = reinterpret_cast<T*>(row_parts + b.rows * tiles);
-  parallel(splits * tiles, each * std::min(b.cols, kTileCols), [&](int64_t first, int64_t last) {
+  parallel(splits * widths, each * std::min(b.cols, width), [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
-      const int64_t split = task / tiles, tile = task % tiles;
-      const int64_t r0 = split * each, c0 = tile * kTileCols, n = std::min(kTileCols, b.cols - c0);
-      T* out = column_parts + split * b.cols + c0;
-      std::fill(out, out + n, T(0));
-      kernels.columns(g + c0, b.cols, n, clip, r0, std::min(b.rows, r0 + each), row_parts + tile, tiles, out);
+      const int64_t split = task / widths, c0 = task % widths * width, c1 = std::min(b.cols, c0 + width);
+      const int64_t r1 = std::min(b.rows, (split + 1) * each);
+      T* out = column_parts + split * b.cols;
+      std::fill(out + c0, out + c1, T(0));
+      for (int64_t r = split * each; r < r1; r += kTileRows)
+        for (int64_t c = c0; c < c1; c += kTileCols)
+          kernels.columns(g + c, b.cols, std::min(kTileCols, c1 - c), clip, r, std::min(r1, r + kTileRows),
+                          row_parts + c / kTileCols, tiles, out + c);
     }
   });
   if (rows)

@@ -286,6 +286,7 @@ AMOS_FN double update_chunk(const Elements<P, G, M>& e, int64_t n, const RowCoef
   if (next) {
     for (; i + kLanes <= n; i += kLanes) {
       prefetch(next + i + ahead);
+      prefetch(e.g + i + ahead);  // in L2 where rows are long
       prefetch(e.theta + i + ahead);
       for (int part = 0; part < kParts<T>; ++part) {
         acc[part] += squared<T>(load(next + i + part * W), row.clip);
