@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -36,12 +38,23 @@ def info(as_json: bool) -> None:
 def device_named(name: str | None) -> torch.device:
     """The device that is asked for, or the GPU where there is one."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: there is nothing to measure with there. Use cpu or cuda.")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise ValueError(f"--device {name}: there is nothing to measure with there. Use cpu, cuda or cuda:1.")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch {torch.__version__} sees no GPU here. Use --device cpu.")
     return device
+
+
+def refuse_unwritable(option: str, path: Path) -> None:
+    """Raises:
+    ValueError: no file can be written there, or no plot of that kind.
+    """
+    if option == "--plot" and path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {path}: what kind of picture is that? Give a .png, .svg or .pdf.")
+    parent = next((folder for folder in path.parents if folder.exists()), Path())
+    if path.is_dir() or not parent.is_dir() or not os.access(path if path.exists() else parent, os.W_OK):
+        raise ValueError(f"{option} {path}: no file can be written there. Give another path.")
 
 
 def bench(arguments: argparse.Namespace) -> int:
@@ -50,8 +63,11 @@ def bench(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--repeat {arguments.repeat}: at least one step must be measured. Give 1 or more.")
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib, which is not installed. pip install matplotlib, or leave it away.")
-    if arguments.threads < 1:
-        raise ValueError(f"--threads {arguments.threads}: a step needs a thread. Give 1 or more.")
+    if not 1 <= arguments.threads <= 1024:
+        raise ValueError(f"--threads {arguments.threads}: that is no number of threads. Give 1 to 1024.")
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):  # before hours of measuring
+        if path is not None:
+            refuse_unwritable(option, path)
     torch.set_num_threads(arguments.threads)
     device = device_named(arguments.device)
     peers = cases.peers_named(arguments.against)

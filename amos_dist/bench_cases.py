@@ -101,10 +101,10 @@ def _from_json(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _checked(entry: Any, path: Path, line: int) -> Shape:
-    good = isinstance(entry, list) and all(isinstance(size, int) and size > 0 for size in entry)
+    good = isinstance(entry, list) and all(isinstance(size, int) and 0 < size < 2**40 for size in entry)
     if not good or any(isinstance(size, bool) for size in entry):
         raise ValueError(
-            f"{path}, line {line}: {entry!r} is no shape. Write its sizes, each 1 or more, such as 768x3072."
+            f"{path}, line {line}: {entry!r} is no shape. Write its sizes, each from 1 to 2**40, such as 768x3072."
         )
     return tuple(entry)
 

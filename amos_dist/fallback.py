@@ -168,8 +168,10 @@ def step_(
     hyper: Tensor,
     names: str = "",
 ) -> None:
+    numbers = hyper.cpu()
     for i in range(blocks.shape[0]):  # one by one: blocks may share their places in the workspace
         block = blocks[i : i + 1].clone()
+        own, block[0, 14] = numbers[int(block[0, 14])].unsqueeze(0), 0
         row = _Block(*block[0].tolist())
         places = work
         if row.moments == ROW:  # the kernels keep these on chip; here they need places of their own
@@ -177,6 +179,6 @@ def step_(
             block[0, 10] = 0
         else:
             work[0, row.all_columns()] = 0
-        sums_(grad, places, block, hyper)
-        slots_(state, places, block, hyper)
-        update_(param, grad, momentum, low_param, places, block, hyper)
+        sums_(grad, places, block, own)
+        slots_(state, places, block, own)
+        update_(param, grad, momentum, low_param, places, block, own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,17 @@ from .plan import Member, Plan
 from .reference import effective_moments, matrix_view
 from .sharding import Layout, Original, layout_of, refuse_unknown
 from .sharding.zero import original_shape
-from .state import State, compute_dtype, put_back, refuse_foreign, refuse_shapes, state_sizes, whole_shapes
+from .state import (
+    FLOAT_STATE,
+    State,
+    compute_dtype,
+    own_memory,
+    put_back,
+    refuse_foreign,
+    refuse_shapes,
+    state_sizes,
+    whole_shapes,
+)
 from .tables import Constants, seed_of_parameter
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -288,13 +299,14 @@ class Amos(Optimizer):
             self._refuse_gradients(tensors)
         plan = self._plan(tensors)
         if not self._is_trial(plan):
-            plan.run(self.state)
+            plan.run(self.state, self._constants_of)
         return loss
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Schedulers and users change groups between steps: checks their values when they have changed."""
-        if not (group["capturable"] and isinstance(group["lr"], Tensor)):
-            settings.check({"lr": group["lr"]})
+        lr = group["lr"]
+        if not (group["capturable"] and isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.numel() == 1):
+            settings.check({"lr": lr})
         values = [float(v) if isinstance(v := group[key], Tensor) else v for key in settings.DEFAULTS]
         if self._checked.get(id(group)) != values:
             settings.check(dict(zip(settings.DEFAULTS, values, strict=True)))
@@ -333,7 +345,7 @@ class Amos(Optimizer):
         keywords = ("momentum_dtype", "fused", "foreach", "capturable", "master_weights")
         key = (
             tuple(map(id, tensors)),
-            tuple([tensor.requires_grad or tensor.grad is not None for tensor in tensors]),
+            tuple([tensor.requires_grad or self._is_stepped(tensor) for tensor in tensors]),
             tuple([tensor.dtype for tensor in tensors]),
             tuple([tensor.device for tensor in tensors]),
             tuple((id(g), len(g["params"]), bool(g["momentum"]), *(g[k] for k in keywords)) for g in self.param_groups),
@@ -347,15 +359,19 @@ class Amos(Optimizer):
             (index, tensor, group)
             for group in self.param_groups
             for index, tensor in enumerate(group["params"])
-            if tensor.requires_grad or tensor.grad is not None
+            if tensor.requires_grad or self._is_stepped(tensor)
         ]
         members = [self._member(index, tensor, group) for index, tensor, group in chosen]
         for member in members:
             member.fault = member.layout.fault or self._make_state(member)
         while len(plans) >= 4:  # freezing parameters makes new plans, and each has a workspace
             del plans[next(iter(plans))]
-        plans[key] = Plan(members, self._kinds, self._constants_of)
+        plans[key] = Plan(members, self._kinds)
         return plans[key]
+
+    def _is_stepped(self, frozen: Tensor) -> bool:
+        """A frozen tensor that has a gradient, or state: one that is thawed and frozen again stays in the same plan."""
+        return frozen.grad is not None or frozen in self.state
 
     def _member(self, index: int, tensor: Tensor, group: dict[str, Any]) -> Member:
         layout = self._layout(index, tensor, group)
@@ -399,8 +415,14 @@ class Amos(Optimizer):
         """
         state, tensor = self.state[member.tensor], member.tensor
         shapes = self._state_shapes(tensor, member.layout)
-        if not state:
-            state["step"] = torch.zeros(())
+        if foreign := [key for key in FLOAT_STATE if key in state and key not in shapes]:
+            return (
+                f"the state of {member.name!r} has {foreign[0]!r}, which its `moments` do not have. "
+                "Use the `moments` that the state was made with, or clear it."
+            )
+        fresh = not state
+        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32)
+        if fresh:
             for key, shape in shapes.items():
                 state[key] = torch.zeros(shape, dtype=compute_dtype(tensor), device=tensor.device)
         if member.capturable:
@@ -431,6 +453,12 @@ class Amos(Optimizer):
         )
 
     # ---- state dict --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; the small tensors are copies, because the optimizer's own are views of one buffer."""
+        result = super().state_dict()
+        result["state"] = {number: own_memory(state) for number, state in result["state"].items()}
+        return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict()` gave; the state keeps its own dtype, whatever the parameter's.
@@ -503,7 +531,9 @@ class Amos(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_originals", "_overrides", "_kinds", "_views", "_rules")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+        given = super().__getstate__()
+        given["state"] = defaultdict(dict, {tensor: own_memory(state) for tensor, state in self.state.items()})
+        return {**given, **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -73,8 +73,8 @@ class _Launch:
         self._bound: list[Tensor] = []
         self._watched: list[tuple[State, str]] = []  # one of each state: who moves its data moves all of it
         self._addresses: list[int] = []
-        self._present: list[bool] = []
-        self._mask = torch.empty(0)
+        self._masks: dict[tuple[bool, ...], Tensor] = {}
+        self._versions: list[int] = []  # of the parameters after the last step, where there are masters
 
     def freeze(self) -> None:
         """All members are there: makes what every step uses."""
@@ -99,17 +99,29 @@ class _Launch:
         self.states = [states[tensor] for tensor in self.tensors]
         self.state = torch.zeros(self.size, dtype=self.compute, device=self.device)
         self.steps = torch.zeros(len(self.states), device=self.device if self.capturable else "cpu")
+        new: list[State] = []
         for number, (state, places) in enumerate(zip(self.states, self.places, strict=True)):
             parts = {
                 key: self.state[places[key] : places[key] + state[key].numel()] for key in FLOAT_STATE if key in state
             }
-            for key, part in {**parts, "step": self.steps[number]}.items():
-                part = part.view(state[key].shape)
-                part.copy_(state[key])
-                state[key] = part
+            parts["step"] = self.steps[number]
+            new.append({key: part.view(state[key].shape).copy_(state[key]) for key, part in parts.items()})
+        for state, views in zip(self.states, new, strict=True):  # all is there: nothing can fail any more
+            state.update(views)
         self._bound = [value for state in self.states for value in state.values()]
         self._watched = [(state, "decay" if "decay" in state else "step") for state in self.states]
         self._addresses = [state[key].data_ptr() for state, key in self._watched]
+
+    def note_versions(self) -> None:
+        if self.master:
+            self._versions = [tensor._version for tensor in self.tensors]
+
+    def follow_weights(self) -> None:
+        """Masters of parameters that somebody else has written to (a checkpoint, an average) since the last step."""
+        for tensor, state, version in zip(self.tensors, self.states, self._versions, strict=bool(self._versions)):
+            if tensor._version != version:
+                master = state["master"]
+                master.copy_(torch.where(master.to(tensor.dtype) == tensor, master, tensor.float()))
 
     def holds(self) -> bool:
         """Whether the states are still these views: loading, hooks and users replace them, offloading moves them."""
@@ -122,9 +134,10 @@ class _Launch:
         if present is None:
             self.steps += 1
         else:
-            if present != self._present:  # kept, because a CUDA graph cannot take it from the CPU
-                self._present, self._mask = present, torch.tensor(present, device=self.steps.device)
-            self.steps += self._mask
+            which = tuple(present)
+            if which not in self._masks:  # kept: a CUDA graph cannot take it from the CPU, and needs it for ever
+                self._masks[which] = torch.tensor(present, device=self.steps.device)
+            self.steps += self._masks[which]
 
 
 class _Bucket:
@@ -225,12 +238,11 @@ class Plan:
     Args:
         members: the tensors, in the same order on every rank.
         kinds: the moments of each parameter, by key.
-        constants_of: (key, group) -> the parameter's hyper-parameters.
     """
 
-    def __init__(self, members: list[Member], kinds: dict[int, str], constants_of: ConstantsOf) -> None:
-        self.members, self.constants_of = members, constants_of
-        self.agreed = False
+    def __init__(self, members: list[Member], kinds: dict[int, str]) -> None:
+        self.members = members
+        self.agreed = self.bound = False
         together: dict[tuple[torch.device, torch.dtype], list[Member]] = {}
         for member in members:
             together.setdefault((member.tensor.device, compute_dtype(member.tensor)), []).append(member)
@@ -241,7 +253,7 @@ class Plan:
 
     def fits(self, states: dict[Tensor, State]) -> bool:
         """Whether the optimizer's states are still those of the last step."""
-        if not self.agreed:
+        if not self.bound:
             return False
         now = list(states.values())
         if len(now) != len(self._seen) or not all(map(operator.is_, now, self._seen)):  # quicker than looking each up
@@ -256,20 +268,24 @@ class Plan:
         for launch in self.launches:
             launch.stale = True
 
-    def run(self, states: dict[Tensor, State]) -> None:
+    def run(self, states: dict[Tensor, State], constants_of: ConstantsOf) -> None:
         """Moves every tensor that has a gradient by one step, and its state with it.
+
+        Args:
+            constants_of: (key, group) -> the parameter's hyper-parameters.
 
         Raises:
             RuntimeError: on every rank, where any rank cannot take this step; nothing has changed then.
         """
         if not self.agreed:
             self._agree()
-            for launch in self.launches:
-                launch.bind(states)
-            self._seen = list(states.values())
         for launch in self.launches:
             if launch.stale:
-                launch.fill_numbers(self.constants_of)
+                launch.fill_numbers(constants_of)
+        if not self.bound:
+            for launch in self.launches:
+                launch.bind(states)
+            self._seen, self.bound = list(states.values()), True
         calls = [_Call(bucket, launch) for bucket in self.buckets for launch in bucket.launches.values()]
         for bucket in self.buckets:
             if bucket.travelling:
@@ -320,6 +336,7 @@ class _Call:
             self.dense = [tensor.detach().contiguous() for tensor in tensors]
         self.params, self.low = self.dense, []
         if launch.master:
+            launch.follow_weights()
             self.params, self.low = [state["master"] for state in states], self.dense
         self.momentum = [state["momentum"] for state in states] if launch.with_momentum else []
         assert launch.numbers is not None
@@ -366,9 +383,10 @@ class _Call:
         launch, changed = self.launch, self.launch.tensors
         if self.dense is not changed:
             for tensor, dense in zip(changed, self.dense, strict=True):
-                if tensor.grad is not None:
+                if tensor.grad is not None and not tensor.is_contiguous():
                     tensor.detach().copy_(dense)
         launch.count(self.present)
         if self.present is not None:
             changed = [tensor for tensor, there in zip(changed, self.present, strict=True) if there]
         torch.autograd.graph.increment_version(changed)
+        launch.note_versions()

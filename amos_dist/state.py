@@ -90,6 +90,14 @@ def refuse_shapes(state: State, name: str, shape: tuple[int, ...], expected: dic
             )
 
 
+def own_memory(state: State) -> State:
+    """The same state, where tensors that are views of a larger buffer are copied: saving one would save the buffer."""
+    return {
+        key: value.clone() if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes else value
+        for key, value in state.items()
+    }
+
+
 def put_back(state_dict: dict[str, Any], groups: list[dict[str, Any]], states: dict[Tensor, State]) -> None:
     """torch casts loaded float state to the parameter's dtype: puts back what was written, in the compute dtype."""
     saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])

@@ -84,7 +84,8 @@ class Numbers:
             lr = group["lr"]
             if isinstance(lr, Tensor) and lr.device == self.table.device and lr.device.type != "cpu":
                 self.table[rows, LR] = self._factors[rows] * lr  # no look at its value: that would wait for the device
-                self._lr[i] = None
+            elif self.table.device.type != "cpu":  # a CUDA graph that is being recorded must have it
+                self.table[rows, LR] = self._factors[rows] * float(lr)
             elif float(lr) != self._lr[i]:
                 self._lr[i] = float(lr)
                 self.table[rows, LR] = self._factors[rows] * float(lr)

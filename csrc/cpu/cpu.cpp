@@ -368,7 +368,7 @@ void with_momentum_type(Phase phase, const Block* blocks, int64_t n, Types types
 
 // Blocks without momentum in a call with it do not occur: the caller makes one call for each set of types.
 void dispatch(Phase phase, const Block* blocks, int64_t n, Types types, Hypers hypers, Work work) {
-  const bool momentum = n > 0 && blocks[0].momentum;
+  const bool momentum = std::any_of(blocks, blocks + n, [](const Block& b) { return b.momentum; });
   auto go = [&](auto p, auto g) {
     using P = decltype(p);
     using G = decltype(g);

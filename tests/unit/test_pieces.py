@@ -167,10 +167,10 @@ def test_simulated_ranks(size: int, kind: str, fused: bool, monkeypatch: pytest.
             for key, entries in state_sizes(layout.pieces, named).items():
                 state[key] = torch.zeros(entries, dtype=torch.float64)
             member = Member(tensor, {"lr": 0.1}, layout, "flat", torch.float64, fused, capturable=False, master=False)
-            one = Plan([member], named, constants)
+            one = Plan([member], named)
             for gradient in flat_grads:
                 tensor.grad = shard(rank, ranks, kinds, gradient)[0]
-                one.run({tensor: state})
+                one.run({tensor: state}, constants)
             results[rank] = tensor
         except BaseException as error:
             ranks.barrier.abort()
