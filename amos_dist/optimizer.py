@@ -71,9 +71,9 @@ class Amos(Optimizer):
         foreach, fused: None: the native kernels where they are built. fused=True insists; fused=False or foreach=True
             asks for plain torch.
         capturable: `step`, and `lr` where it is a tensor, stay on the device and are not looked at: a CUDA graph can
-            replay the step. Take one ordinary step before the capture.
+            replay the step. Take an ordinary step before the capture; after it, change nothing in the groups but `lr`.
         master_weights: bfloat16 and float16 parameters are kept in the state in float32 too, as `master`; the parameter
-            itself gets the rounded numbers in the same pass.
+            itself gets the rounded numbers in the same pass. Weights that are loaded later reach the master too.
         stochastic_rounding: bfloat16 parameters (without a master) are rounded up or down by chance, so that small
             steps are not lost. seed: below 2**31; the same seed gives the same numbers in every run, at every step, on
             every rank and device.
