@@ -83,7 +83,10 @@ class _Hyper(NamedTuple):
         return scale * inv_v.sqrt(), B
 
 
-def _rows(blocks: Tensor, hyper: Tensor) -> list[tuple[_Block, _Hyper]]:
+Rows = list[tuple[_Block, _Hyper]]
+
+
+def _rows(blocks: Tensor, hyper: Tensor) -> Rows:
     numbers = [_Hyper(*row) for row in hyper.tolist()]
     return [(block, numbers[block.hyper]) for block in (_Block(*b) for b in blocks.tolist()) if block.rows * block.cols]
 
@@ -94,8 +97,8 @@ def _rounded(values: Tensor, block: _Block, h: _Hyper) -> Tensor:
     return stochastic_bfloat16(values, index, int(h.seed), int(h.t))
 
 
-def sums_(grad: Tensors, work: Tensor, blocks: Tensor, hyper: Tensor, names: str = "") -> None:
-    for block, h in _rows(blocks, hyper):
+def _sums(grad: Tensors, work: Tensor, rows: Rows) -> None:
+    for block, h in rows:
         square = block.of(grad).to(work.dtype).clamp(-h.clip, h.clip).square()
         if block.moments != COLUMN:
             work[0, block.row_places()] = square.sum(1)
@@ -103,8 +106,8 @@ def sums_(grad: Tensors, work: Tensor, blocks: Tensor, hyper: Tensor, names: str
             work[0, block.column_places()] += square.sum(0)
 
 
-def slots_(state: Tensor, work: Tensor, blocks: Tensor, hyper: Tensor, names: str = "") -> None:
-    for block, h in _rows(blocks, hyper):
+def _slots(state: Tensor, work: Tensor, rows: Rows) -> None:
+    for block, h in rows:
         if block.moments != COLUMN:
             places = block.row_places()
             v = state[block.row_state : block.row_state + block.rows]
@@ -125,17 +128,8 @@ def slots_(state: Tensor, work: Tensor, blocks: Tensor, hyper: Tensor, names: st
                 work[0, places] = column_profile(v).rsqrt()
 
 
-def update_(
-    param: Tensors,
-    grad: Tensors,
-    momentum: Tensors,
-    low_param: Tensors,
-    work: Tensor,
-    blocks: Tensor,
-    hyper: Tensor,
-    names: str = "",
-) -> None:
-    for block, h in _rows(blocks, hyper):
+def _update(param: Tensors, grad: Tensors, momentum: Tensors, low_param: Tensors, work: Tensor, rows: Rows) -> None:
+    for block, h in rows:
         theta, g = block.of(param), block.of(grad).to(work.dtype).clamp(-h.clip, h.clip) * h.grad_sign
         if block.moments == COLUMN:
             A, B = work[0, block.column_places()], work[1, block.column_places()]
@@ -157,6 +151,27 @@ def update_(
             block.of(low_param).copy_(new)
 
 
+def sums_(grad: Tensors, work: Tensor, blocks: Tensor, hyper: Tensor, names: str = "") -> None:
+    _sums(grad, work, _rows(blocks, hyper))
+
+
+def slots_(state: Tensor, work: Tensor, blocks: Tensor, hyper: Tensor, names: str = "") -> None:
+    _slots(state, work, _rows(blocks, hyper))
+
+
+def update_(
+    param: Tensors,
+    grad: Tensors,
+    momentum: Tensors,
+    low_param: Tensors,
+    work: Tensor,
+    blocks: Tensor,
+    hyper: Tensor,
+    names: str = "",
+) -> None:
+    _update(param, grad, momentum, low_param, work, _rows(blocks, hyper))
+
+
 def step_(
     param: Tensors,
     grad: Tensors,
@@ -168,17 +183,14 @@ def step_(
     hyper: Tensor,
     names: str = "",
 ) -> None:
-    numbers = hyper.cpu()
-    for i in range(blocks.shape[0]):  # one by one: blocks may share their places in the workspace
-        block = blocks[i : i + 1].clone()
-        own, block[0, 14] = numbers[int(block[0, 14])].unsqueeze(0), 0
-        row = _Block(*block[0].tolist())
+    for block, h in _rows(blocks, hyper):  # one by one: blocks may share their places in the workspace
         places = work
-        if row.moments == ROW:  # the kernels keep these on chip; here they need places of their own
-            places = torch.empty(3, row.rows, dtype=work.dtype, device=work.device)
-            block[0, 10] = 0
+        if block.moments == ROW:  # the kernels keep these on chip; here they need places of their own
+            places = torch.empty(3, block.rows, dtype=work.dtype, device=work.device)
+            block = block._replace(row_work=0)
         else:
-            work[0, row.all_columns()] = 0
-        sums_(grad, places, block, own)
-        slots_(state, places, block, own)
-        update_(param, grad, momentum, low_param, places, block, own)
+            work[0, block.all_columns()] = 0
+        row = [(block, h)]
+        _sums(grad, places, row)
+        _slots(state, places, row)
+        _update(param, grad, momentum, low_param, places, row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -343,9 +344,10 @@ class Amos(Optimizer):
     def _plan(self, tensors: list[Tensor]) -> Plan:
         """The plan of this step; made anew when the tensors, their dtypes or devices, or the state have changed."""
         keywords = ("momentum_dtype", "fused", "foreach", "capturable", "master_weights")
+        stepped = [tensor.requires_grad or self._is_stepped(tensor) for tensor in tensors]
         key = (
             tuple(map(id, tensors)),
-            tuple([tensor.requires_grad or self._is_stepped(tensor) for tensor in tensors]),
+            tuple(stepped),
             tuple([tensor.dtype for tensor in tensors]),
             tuple([tensor.device for tensor in tensors]),
             tuple((id(g), len(g["params"]), bool(g["momentum"]), *(g[k] for k in keywords)) for g in self.param_groups),
@@ -355,13 +357,8 @@ class Amos(Optimizer):
             if plans[key].fits(self.state):
                 return plans[key]
             del plans[key]  # a fault that may be mended, or the state was replaced: make it anew
-        chosen = [
-            (index, tensor, group)
-            for group in self.param_groups
-            for index, tensor in enumerate(group["params"])
-            if tensor.requires_grad or self._is_stepped(tensor)
-        ]
-        members = [self._member(index, tensor, group) for index, tensor, group in chosen]
+        places = [(index, tensor, group) for group in self.param_groups for index, tensor in enumerate(group["params"])]
+        members = [self._member(*place) for place in itertools.compress(places, stepped)]
         for member in members:
             member.fault = member.layout.fault or self._make_state(member)
         while len(plans) >= 4:  # freezing parameters makes new plans, and each has a workspace

@@ -55,17 +55,16 @@ class _Space:
 class _Launch:
     """Tensors that share one set of dtypes: one call of a kernel serves all."""
 
-    def __init__(self, first: Member, device: torch.device, compute: torch.dtype) -> None:
-        self.device, self.compute = device, compute
-        self.master, self.capturable = first.master, first.capturable
+    def __init__(self, first: Member) -> None:
+        self.device, self.dtype, self.compute = first.tensor.device, first.tensor.dtype, compute_dtype(first.tensor)
+        # Where `step` and the hyper-parameters are.
+        self.counts_on = self.device if first.capturable else torch.device("cpu")
+        self.master = first.master
         self.with_momentum = first.momentum_dtype is not None
-        self.dtype = first.tensor.dtype
-        self.ops = ops.backend(device, first.fused)
-        self.empty = torch.empty(0, dtype=compute, device=device)
+        self.ops = ops.backend(self.device, first.fused)
         self.members: list[Member] = []
         self.local, self.shared = Blocks(), Blocks()  # of parameters that are whole here; of those that are cut
         self.rows: list[tuple[int, int]] = []  # of the hyper-parameters: the parameter's key, the number of its tensor
-        self.numbers: Numbers | None = None
         self.stale = True  # a hyper-parameter other than lr has changed
         self.places: list[dict[str, int]] = []  # where each tensor's state begins in the buffer
         self.size = 0  # of that buffer
@@ -74,21 +73,18 @@ class _Launch:
         self._watched: list[tuple[State, str]] = []  # one of each state: who moves its data moves all of it
         self._addresses: list[int] = []
         self._masks: dict[tuple[bool, ...], Tensor] = {}
-        self._versions: list[int] = []  # of the parameters after the last step, where there are masters
+        self._versions: list[int] = []  # of the parameters when they were last written here, where there are masters
 
     def freeze(self) -> None:
         """All members are there: makes what every step uses."""
         self.tensors = [member.tensor for member in self.members]
         self.names = "\n".join(member.name for member in self.members)
+        groups = [member.group for member in self.members]
+        self.numbers = Numbers([number for _, number in self.rows], groups, self.counts_on)
 
     def fill_numbers(self, constants_of: ConstantsOf) -> None:
         """Reads the hyper-parameters of the groups; all before any is changed, because one may be wrong."""
-        groups = [member.group for member in self.members]
-        constants = [constants_of(key, groups[number]) for key, number in self.rows]
-        if self.numbers is None:
-            device = self.device if self.capturable else torch.device("cpu")
-            self.numbers = Numbers([number for _, number in self.rows], groups, device)
-        self.numbers.fill(constants)
+        self.numbers.fill([constants_of(key, self.members[number].group) for key, number in self.rows])
         self.stale = False
 
     def bind(self, states: dict[Tensor, State]) -> None:
@@ -98,7 +94,7 @@ class _Launch:
         """
         self.states = [states[tensor] for tensor in self.tensors]
         self.state = torch.zeros(self.size, dtype=self.compute, device=self.device)
-        self.steps = torch.zeros(len(self.states), device=self.device if self.capturable else "cpu")
+        self.steps = torch.zeros(len(self.states), device=self.counts_on)
         new: list[State] = []
         for number, (state, places) in enumerate(zip(self.states, self.places, strict=True)):
             parts = {
@@ -111,6 +107,7 @@ class _Launch:
         self._bound = [value for state in self.states for value in state.values()]
         self._watched = [(state, "decay" if "decay" in state else "step") for state in self.states]
         self._addresses = [state[key].data_ptr() for state, key in self._watched]
+        self.note_versions()
 
     def note_versions(self) -> None:
         if self.master:
@@ -118,7 +115,7 @@ class _Launch:
 
     def follow_weights(self) -> None:
         """Masters of parameters that somebody else has written to (a checkpoint, an average) since the last step."""
-        for tensor, state, version in zip(self.tensors, self.states, self._versions, strict=bool(self._versions)):
+        for tensor, state, version in zip(self.tensors, self.states, self._versions, strict=True):
             if tensor._version != version:
                 master = state["master"]
                 master.copy_(torch.where(master.to(tensor.dtype) == tensor, master, tensor.float()))
@@ -157,7 +154,7 @@ class _Bucket:
         for member in members:
             kind = (member.tensor.dtype, member.momentum_dtype, member.fused, member.capturable, member.master)
             if kind not in self.launches:
-                self.launches[kind] = _Launch(member, device, dtype)
+                self.launches[kind] = _Launch(member)
             self._add(self.launches[kind], member)
         for launch in self.launches.values():
             launch.freeze()
@@ -339,7 +336,6 @@ class _Call:
             launch.follow_weights()
             self.params, self.low = [state["master"] for state in states], self.dense
         self.momentum = [state["momentum"] for state in states] if launch.with_momentum else []
-        assert launch.numbers is not None
         self.hyper = launch.numbers.at(launch.steps)
 
     def _gradients(self) -> list[Tensor]:
@@ -357,7 +353,7 @@ class _Call:
             grads = [grad.to(dtype).contiguous() for grad in grads]
         if self.present is None:
             return grads
-        some, empty = iter(grads), launch.empty.to(dtype)
+        some, empty = iter(grads), torch.empty(0, dtype=dtype, device=launch.device)
         return [next(some) if there else empty for there in self.present]
 
     def sums(self) -> None:

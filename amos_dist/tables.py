@@ -82,11 +82,12 @@ class Numbers:
         self.table[:, T] = steps[self._members] + 1
         for i, (group, rows) in enumerate(self._groups):
             lr = group["lr"]
-            if isinstance(lr, Tensor) and lr.device == self.table.device and lr.device.type != "cpu":
-                self.table[rows, LR] = self._factors[rows] * lr  # no look at its value: that would wait for the device
-            elif self.table.device.type != "cpu":  # a CUDA graph that is being recorded must have it
-                self.table[rows, LR] = self._factors[rows] * float(lr)
-            elif float(lr) != self._lr[i]:
-                self._lr[i] = float(lr)
-                self.table[rows, LR] = self._factors[rows] * float(lr)
+            if self.table.device.type == "cpu":
+                if float(lr) == self._lr[i]:
+                    continue
+                lr = self._lr[i] = float(lr)
+            elif not isinstance(lr, Tensor) or lr.device != self.table.device:
+                lr = float(lr)
+            # On a device always, because a CUDA graph may be recording, and without a look, which would wait for it.
+            self.table[rows, LR] = self._factors[rows] * lr
         return self.table

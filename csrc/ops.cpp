@@ -290,17 +290,13 @@ void run_cuda(CudaPhase phase, const Call& call) {
 #define AMOS_OPS(NAME, RUN, SPACE)                                                                                 \
   void sums_##NAME(const Tensors& grad, const Tensor& work, const Tensor& blocks, const Tensor& hyper,             \
                    const std::string& names) {                                                                     \
-    Lists l;                                                                                                       \
-    l.grad = &grad;                                                                                                \
-    const Call call = read(l, work, blocks, hyper, names);                                                         \
+    const Call call = read({.grad = &grad}, work, blocks, hyper, names);                                           \
     expect_row_work(call);                                                                                         \
     RUN(&SPACE::sums, call);                                                                                       \
   }                                                                                                                \
   void slots_##NAME(const Tensor& state, const Tensor& work, const Tensor& blocks, const Tensor& hyper,            \
                     const std::string& names) {                                                                    \
-    Lists l;                                                                                                       \
-    l.state = &state;                                                                                              \
-    const Call call = read(l, work, blocks, hyper, names);                                                         \
+    const Call call = read({.state = &state}, work, blocks, hyper, names);                                         \
     expect_row_work(call);                                                                                         \
     RUN(&SPACE::slots, call);                                                                                      \
   }                                                                                                                \

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from amos_dist.bench_report import facts
+
 from . import against_reference, features, sanitizer, timings
 from .common import Section, error_text
 
@@ -65,12 +67,6 @@ def run_apart(name: str, device: str, quick: bool, limit: float) -> Section:
         if not file.exists():
             return Section(name, [f"The process ended with {code}."], [f"the process ended with {code}"])
         return Section(**json.loads(file.read_text()))
-
-
-def machine_facts(device: torch.device) -> dict[str, Any]:
-    from amos_dist.bench_report import facts
-
-    return facts(device)
 
 
 def markdown(machine: dict[str, Any], sections: list[Section]) -> str:
@@ -126,7 +122,7 @@ def main() -> int:
     names = given.only.split(",") if given.only else list(SECTIONS if device.type == "cuda" else CHECKS)
     report = given.report or given.root / "out" / "gpu" / "report.md"
     numbers = given.json or given.root / "out" / "gpu" / "report.json"
-    machine = machine_facts(device)
+    machine = facts(device)
     done: dict[str, Section] = {}
     for name in names:
         print(f"---- {name}", flush=True)
