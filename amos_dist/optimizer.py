@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,24 +15,14 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import rules as module_rules
 from . import settings
-from .plan import Member, Plan
-from .reference import effective_moments, matrix_view
-from .sharding import Layout, Original, layout_of, refuse_unknown
+from .loading import refuse_state_dict
+from .member import Member, is_lost, make_state, member_of
+from .originals import constants_of, describe, refuse_gradients
+from .plan import Plan
+from .sharding import Layout, Original, dtensor, layout_of
 from .sharding.zero import original_shape
-from .state import (
-    FLOAT_STATE,
-    State,
-    compute_dtype,
-    own_memory,
-    put_back,
-    refuse_foreign,
-    refuse_shapes,
-    state_sizes,
-    whole_shapes,
-)
-from .tables import Constants, seed_of_parameter
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from .state import own_memory, put_back
+from .tables import Constants
 
 
 @dataclass
@@ -54,7 +44,8 @@ class Amos(Optimizer):
     vector and a column vector, so that the state is R + C + R numbers for an R x C matrix.
 
     Args:
-        params: parameters, groups, or named parameters. Every keyword below can stand in a group.
+        params: parameters, groups, or named parameters. Every keyword below can stand in a group. Parameters may be
+            DTensors, as fully_shard and parallelize_module make them; every rank of their meshes must take each step.
         lr: the paper's xi, about 1 / sqrt(number of independent batches in the training set). Constant after warm-up.
         sigma: the paper's eta, the scale at which the entries settle: a number, "auto" (their root mean square now, so
             build the optimizer after DDP has made the replicas equal; 0.5 for 0-d and 1-d) or "paper" (by module;
@@ -82,7 +73,8 @@ class Amos(Optimizer):
 
     State for each parameter: `step` (0-d float32), `decay`, `momentum` (with momentum), `master` (with master_weights),
     and `row_moment` and `column_moment`, or one of them, or `moment` ("scalar", "full"); keepdim shapes, float32
-    (float64 for float64).
+    (float64 for float64). Of a DTensor all but `step` are DTensors, made when the optimizer is built, and cut as it is:
+    mesh dimensions that cut rows replicate what columns have, and the other way round.
 
     Raises:
         TypeError, ValueError: an unknown keyword, a value out of range, a rule that matches nothing.
@@ -156,12 +148,18 @@ class Amos(Optimizer):
         """Adds a group; sigma="auto" is measured now. Nothing has changed where this raises."""
         if isinstance(param_group, dict):
             param_group = {**param_group}  # what is noted in it must not reach the caller's
+            if isinstance(named := param_group.get("params"), list):
+                param_group["params"] = [
+                    (each[0], module_rules.current(each[1])) if isinstance(each, tuple) and len(each) == 2 else each
+                    for each in named
+                ]
             settings.check_keys(param_group, "a parameter group", settings.GROUP_KEYS, strict=False)
             settings.check({key: value for key, value in param_group.items() if key in settings.KEYWORDS})
         super().add_param_group(param_group)
         before = len(self._originals)
         try:
             self._note_originals(len(self.param_groups) - 1)
+            self._make_states()
         except Exception:
             self.param_groups.pop()
             del self._originals[before:]
@@ -188,48 +186,26 @@ class Amos(Optimizer):
             group["measured_sigma"][original.place] = scale
 
     def _note_original(self, number: int, place: int, name: str, param: Tensor) -> Original:
-        group = self.param_groups[number]
-        refuse_unknown(param, name)
-        if param.dtype not in DTYPES:
-            raise TypeError(
-                f"parameter {name!r} is {str(param.dtype).removeprefix('torch.')}. Amos trains float64, float32, "
-                "bfloat16 and float16 parameters: convert it, or view complex numbers as pairs."
-            )
-        values = dict(self._rules.for_name(name))
-        given = {**group, **values}
-        if given["sigma"] == "paper":
-            advice = self._surroundings.advice.get(name)
-            if advice is None:
-                raise ValueError(
-                    f"sigma='paper' needs the module that parameter {name!r} belongs to. "
-                    "Make the groups with amos_dist.param_groups(model, sigma='paper')."
-                )
-            explicit = {k: v for k, v in given.items() if k in values or v != settings.DEFAULTS.get(k)}
-            values |= module_rules.settings_from(advice, "paper", explicit)
-            given = {**group, **values}
-        if "lr" in values:  # a rule's lr follows the group's schedule
-            if not float(group["lr"]):
-                raise ValueError(
-                    f"a rule sets lr={values['lr']} for {name!r}, but its group has lr=0: nothing to scale. "
-                    "Give the group its peak lr; a schedule moves both."
-                )
-            values["lr_factor"] = float(values.pop("lr")) / float(group["lr"])
-        if param.dtype != torch.float64 and float(given["eps"]) < 2**-126:
-            raise ValueError(
-                f"eps={given['eps']:g} for {name!r} is below what float32, in which it is computed, can hold. "
-                "Use 2**-126 or more."
-            )
-        shape, key = original_shape(param), len(self._originals)
-        try:
-            kind = effective_moments(shape, given["moments"], given["row_dims"])
-        except ValueError as error:
-            raise ValueError(f"parameter {name!r}: {error}") from None
-        numel = math.prod(shape)
-        views = {"scalar": (1, numel), "full": (numel, 1)}
-        rows, cols = views.get(kind) or matrix_view(shape, given["row_dims"])
-        self._kinds[key], self._overrides[key] = kind, values
-        self._originals.append(Original(key, name, number, place, param, shape, rows, cols, param.requires_grad))
+        advice = self._surroundings.advice.get(name)
+        described = describe(param, name, self.param_groups[number], self._rules.for_name(name), advice)
+        key = len(self._originals)
+        self._overrides[key], self._kinds[key], row_dims = described
+        shape = original_shape(param)
+        self._originals.append(Original(key, name, number, place, param, shape, row_dims, param.requires_grad))
         return self._originals[-1]
+
+    def _make_states(self) -> None:
+        """The state of every parameter, gradient or not, where DTensors are among them; else at the first step.
+
+        Checkpoints that are read and written before the first step need it, and the same on every rank. Other
+        frameworks put tensors of their own into the groups before they step.
+        """
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        if not any(map(dtensor.is_dtensor, tensors)):
+            return
+        for member in self._members(map(self._is_stepped, tensors)):
+            if not self.state.get(member.tensor) or is_lost(self.state[member.tensor], member.tensor):
+                self._complete(member)
 
     def _names_of(self, group: dict[str, Any]) -> list[str]:
         if "param_names" in group:
@@ -241,38 +217,9 @@ class Amos(Optimizer):
         return self._overrides[original.key].get(keyword, group[keyword])
 
     def _constants_of(self, key: int, group: dict[str, Any]) -> Constants:
-        """The hyper-parameters of one parameter: what does not change from step to step."""
         original = self._originals[key]
-
-        def setting(keyword: str) -> Any:
-            return self._setting(original, group, keyword)
-
-        sigma, clip = setting("sigma"), setting("clip_value")
-        if sigma == "auto":
-            sigma = group["measured_sigma"][original.place]
-        if sigma is None or isinstance(sigma, str):
-            raise ValueError(
-                f"sigma={setting('sigma')!r} of {original.name!r} was set after the optimizer was built, which has "
-                "measured none. Give a number, or build a new optimizer."
-            )
-        factor = self._overrides[key].get("lr_factor", 1.0)
-        return Constants(
-            factor,
-            [
-                math.nan,  # lr
-                float(sigma),
-                float(setting("beta")),
-                math.nan,  # t
-                float(setting("momentum")),
-                math.inf if clip is None else float(clip),
-                float(setting("extra_l2")),
-                float(setting("c_coef")),
-                float(setting("d_coef")),
-                float(setting("eps")),
-                -1.0 if setting("maximize") else 1.0,
-                float(seed_of_parameter(setting("seed"), key)) if setting("stochastic_rounding") else -1.0,
-            ],
-        )
+        setting = functools.partial(self._setting, original, group)
+        return constants_of(original, group, setting, self._overrides[key].get("lr_factor", 1.0))
 
     # ---- step --------------------------------------------------------------------------------------------------------
 
@@ -292,12 +239,14 @@ class Amos(Optimizer):
                 loss = closure()
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         grads = [grad for tensor in tensors if (grad := tensor.grad) is not None]
-        if not grads:
+        # Other ranks may have gradients of parameters that are cut over ranks: they wait for this one.
+        if not grads and not any(map(dtensor.is_dtensor, tensors)):
             return loss
         for group in self.param_groups:
             self._check_group(group)
-        if {grad.layout for grad in grads} != {torch.strided} or any(d.is_complex for d in {g.dtype for g in grads}):
-            self._refuse_gradients(tensors)
+        strided = {grad.layout for grad in grads} <= {torch.strided}
+        if not strided or any(dtype.is_complex for dtype in {grad.dtype for grad in grads}):
+            refuse_gradients(tensors, {id(original.param): original.name for original in self._originals})
         plan = self._plan(tensors)
         if not self._is_trial(plan):
             plan.run(self.state, self._constants_of)
@@ -326,25 +275,10 @@ class Amos(Optimizer):
                     "Build a new optimizer to change it."
                 )
 
-    def _refuse_gradients(self, tensors: list[Tensor]) -> None:
-        for tensor in tensors:
-            if (grad := tensor.grad) is None or (grad.layout is torch.strided and not grad.is_complex()):
-                continue
-            name = next((o.name for o in self._originals if o.param is tensor), "a flat partition")
-            if grad.is_complex():
-                raise RuntimeError(
-                    f"the gradient of {name!r} is complex, which Amos does not support. "
-                    "View the parameter as pairs of real numbers."
-                )
-            raise RuntimeError(
-                f"the gradient of {name!r} is sparse, which Amos does not support. "
-                "Build the embedding with sparse=False."
-            )
-
     def _plan(self, tensors: list[Tensor]) -> Plan:
         """The plan of this step; made anew when the tensors, their dtypes or devices, or the state have changed."""
         keywords = ("momentum_dtype", "fused", "foreach", "capturable", "master_weights")
-        stepped = [tensor.requires_grad or self._is_stepped(tensor) for tensor in tensors]
+        stepped = list(map(self._is_stepped, tensors))
         key = (
             tuple(map(id, tensors)),
             tuple(stepped),
@@ -357,36 +291,37 @@ class Amos(Optimizer):
             if plans[key].fits(self.state):
                 return plans[key]
             del plans[key]  # a fault that may be mended, or the state was replaced: make it anew
-        places = [(index, tensor, group) for group in self.param_groups for index, tensor in enumerate(group["params"])]
-        members = [self._member(*place) for place in itertools.compress(places, stepped)]
+        members = self._members(stepped)
         for member in members:
-            member.fault = member.layout.fault or self._make_state(member)
+            member.fault = member.fault or self._complete(member)
         while len(plans) >= 4:  # freezing parameters makes new plans, and each has a workspace
             del plans[next(iter(plans))]
         plans[key] = Plan(members, self._kinds)
         return plans[key]
 
-    def _is_stepped(self, frozen: Tensor) -> bool:
-        """A frozen tensor that has a gradient, or state: one that is thawed and frozen again stays in the same plan."""
-        return frozen.grad is not None or frozen in self.state
+    def _is_stepped(self, tensor: Tensor) -> bool:
+        """Also a frozen tensor that has a gradient, or state: one that is thawed and frozen again keeps its plan.
+
+        Of a DTensor every rank must say the same, and ranks may differ in the gradients that they have.
+        """
+        if tensor.requires_grad or tensor in self.state:
+            return True
+        return tensor.grad is not None and not dtensor.is_dtensor(tensor)
+
+    def _members(self, stepped: Iterable[bool]) -> list[Member]:
+        places = [(index, tensor, group) for group in self.param_groups for index, tensor in enumerate(group["params"])]
+        return [self._member(*place) for place in itertools.compress(places, stepped)]
 
     def _member(self, index: int, tensor: Tensor, group: dict[str, Any]) -> Member:
         layout = self._layout(index, tensor, group)
         originals = [self._originals[piece.key] for piece in layout.pieces]
-        name = ", ".join(o.name for o in originals[:3]) + (", …" if len(originals) > 3 else "")
-        # One buffer for all pieces: the widest dtype that any of them asks for.
-        wanted = {
-            settings.momentum_dtype(self._setting(o, group, "momentum_dtype")) or compute_dtype(tensor)
-            for o in originals
-            if self._setting(o, group, "momentum")
-        }
-        dtype = next(iter(wanted)) if len(wanted) == 1 else (compute_dtype(tensor) if wanted else None)
-        if dtype is not None and compute_dtype(tensor) == torch.float64:
-            dtype = torch.float64
-        fused = False if group["foreach"] else group["fused"]
-        low = tensor.dtype in (torch.bfloat16, torch.float16)
-        master = low and any(self._setting(o, group, "master_weights") for o in originals)
-        return Member(tensor, group, layout, name, dtype, fused, group["capturable"], master)
+        return member_of(tensor, group, layout, originals, self._setting)
+
+    def _complete(self, member: Member) -> str:
+        """Makes what the state of a tensor lacks; says what is wrong with what is there."""
+        pieces = member.layout.pieces
+        original = self._originals[pieces[0].key] if pieces else None
+        return make_state(member, self.state[member.tensor], original, self._kinds)
 
     def _layout(self, index: int, tensor: Tensor, group: dict[str, Any]) -> Layout:
         if id(tensor) not in self._layouts or self._layouts[id(tensor)][1].fault:
@@ -395,64 +330,26 @@ class Amos(Optimizer):
             self._layouts[id(tensor)] = (tensor, layout_of(tensor, index, count, originals, self._originals))
         return self._layouts[id(tensor)][1]
 
-    def _state_shapes(self, tensor: Tensor, layout: Layout) -> dict[str, tuple[int, ...]]:
-        """The shapes of a tensor's float state: keepdim shapes of a whole parameter, else one vector for all pieces."""
-        whole = self._originals[layout.pieces[0].key] if len(layout.pieces) == 1 else None
-        if whole is None or whole.shape != tuple(tensor.shape) or not whole.numel:
-            return {key: (size,) for key, size in state_sizes(layout.pieces, self._kinds).items() if size}
-        return whole_shapes(
-            self._kinds[whole.key], whole.shape, self._setting(whole, self._views[whole.group], "row_dims")
-        )
-
-    def _make_state(self, member: Member) -> str:
-        """State for every parameter that is trained, gradient or not: checkpoints of unused ones must be complete.
-
-        Returns:
-            What is wrong with the state that is there already, or nothing.
-        """
-        state, tensor = self.state[member.tensor], member.tensor
-        shapes = self._state_shapes(tensor, member.layout)
-        if foreign := [key for key in FLOAT_STATE if key in state and key not in shapes]:
-            return (
-                f"the state of {member.name!r} has {foreign[0]!r}, which its `moments` do not have. "
-                "Use the `moments` that the state was made with, or clear it."
-            )
-        fresh = not state
-        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32)
-        if fresh:
-            for key, shape in shapes.items():
-                state[key] = torch.zeros(shape, dtype=compute_dtype(tensor), device=tensor.device)
-        if member.capturable:
-            state["step"] = state["step"].to(tensor.device)
-        if member.master:
-            if "master" not in state:
-                state["master"] = tensor.detach().float().contiguous()
-            shapes["master"] = tuple(tensor.shape)
-        if member.momentum_dtype is not None:
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros(tensor.shape, dtype=member.momentum_dtype, device=tensor.device)
-            shapes["momentum"] = tuple(tensor.shape)
-        for key, shape in shapes.items():
-            if key not in state or state[key].numel() != math.prod(shape):
-                return (
-                    f"the state {key!r} of {member.name!r} has {state[key].numel() if key in state else 'no'} entries, "
-                    f"expected {math.prod(shape)}. The checkpoint is of another model, another number of ranks or "
-                    "other `moments`: use the ones it was written with."
-                )
-            dtype = member.momentum_dtype if key == "momentum" else compute_dtype(tensor)
-            state[key] = state[key].to(tensor.device, dtype).contiguous()  # the model may have been moved since
-        return ""
-
     def _is_trial(self, plan: Plan) -> bool:
-        """DeepSpeed's stage 0 in fp16 and bf16 calls step() once with zero gradients at start: that must not count."""
-        return all(m.layout.clone and not self.state[m.tensor]["step"] for m in plan.members) and not any(
-            bool(m.tensor.grad.any()) for m in plan.members if m.tensor.grad is not None
-        )
+        """The first step of tensors that are whole, with gradients of zero, is none: it is there to make the state.
+
+        DeepSpeed's stage 0 takes one in fp16 and bf16, torch.distributed.checkpoint.state_dict one with lr=0.
+        """
+        return all(
+            not member.layout.groups
+            and (member.layout.clone or not (member.capturable or float(member.group["lr"])))
+            and not self.state[member.tensor]["step"]
+            for member in plan.members
+        ) and not any(bool(m.tensor.grad.any()) for m in plan.members if m.tensor.grad is not None)
 
     # ---- state dict --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; the small tensors are copies, because the optimizer's own are views of one buffer."""
+        """As torch's; the small tensors are copies, because the optimizer's own are views of one buffer.
+
+        State that was made while the model was on the meta device has its place and its zeros by now.
+        """
+        self._make_states()
         result = super().state_dict()
         result["state"] = {number: own_memory(state) for number, state in result["state"].items()}
         return result
@@ -466,7 +363,9 @@ class Amos(Optimizer):
         arrived: list[dict[str, Any]] = []  # what the user's own hooks, which run first, made of it
 
         def refuse(_: Optimizer, final: dict[str, Any]) -> None:
-            self._refuse_state_dict(final)
+            refuse_state_dict(final, self.param_groups, self._originals, self._kinds, self._setting)
+            for saved in final["param_groups"]:
+                self._refuse_other_views({**settings.DEFAULTS, **saved})
             arrived.append(final)
 
         def mend(_: Optimizer) -> None:
@@ -483,48 +382,6 @@ class Amos(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _refuse_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise ValueError(f"the state_dict has no {key!r}. Give what Amos.state_dict() returned.")
-        if len(state_dict["param_groups"]) != len(self.param_groups):
-            raise ValueError(
-                f"the state_dict has {len(state_dict['param_groups'])} parameter groups, the optimizer has "
-                f"{len(self.param_groups)}. Build the optimizer with the groups that the checkpoint was written with."
-            )
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            if len(saved["params"]) != len(group["params"]):
-                raise ValueError(
-                    f"a parameter group of the state_dict has {len(saved['params'])} parameters, the optimizer's has "
-                    f"{len(group['params'])}. Load it into the model that it was written with."
-                )
-            for place, (number, tensor) in enumerate(zip(saved["params"], group["params"], strict=True)):
-                self._refuse_state(state_dict["state"].get(number, {}), tensor, place)
-            if "amos_group" not in saved or "measured_sigma" not in saved:
-                raise ValueError(
-                    "the state_dict is not of Amos: a parameter group has no 'amos_group'. "
-                    "To start with a fresh optimizer on these weights, load the model only."
-                )
-            settings.check({key: saved[key] for key in settings.KEYWORDS if key in saved})
-            self._refuse_other_views({**settings.DEFAULTS, **saved})
-            for original in (o for o in self._originals if o.group == saved["amos_group"]):
-                measured = saved["measured_sigma"]
-                sigma = self._overrides[original.key].get("sigma", saved.get("sigma", "auto"))
-                if sigma == "auto" and (original.place >= len(measured) or measured[original.place] is None):
-                    raise ValueError(
-                        f"the state_dict has no sigma for {original.name!r}. "
-                        "Build the optimizer with the `sigma` and the rules that the checkpoint was written with."
-                    )
-
-    def _refuse_state(self, state: State, tensor: Tensor, place: int) -> None:
-        if not state:
-            return
-        original = next((o for o in self._originals if o.param is tensor), None)
-        name = original.name if original else f"the tensor at place {place}"
-        refuse_foreign(state, name)
-        if original is not None:  # a partition's state is checked when its layout is known, at the next step
-            refuse_shapes(state, name, original.shape, self._state_shapes(tensor, Layout([original.whole()])))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_originals", "_overrides", "_kinds", "_views", "_rules")

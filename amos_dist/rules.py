@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import re
+import weakref
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .settings import KEYWORDS, check, check_keys
-from .sharding.zero import original_shape, partition_sum_of_squares
+from .sharding.measure import sums_of_squares
+from .sharding.zero import original_shape
 
 
 class Advice(NamedTuple):
@@ -76,7 +77,7 @@ def _after_activation(model: nn.Module) -> set[int]:
 
 
 def _advise(full: str, prefix: str, module: nn.Module, name: str, shape: tuple[int, ...], after: bool) -> Advice:
-    kind = type(module).__name__
+    kind = type(module).__name__.removeprefix("FSDP")  # fully_shard makes a class of its own
     leaf = prefix.rsplit(".", 1)[-1]
     if "bias" in name:
         return Advice(0.5, 1, None, "bias")
@@ -114,7 +115,8 @@ def _advise(full: str, prefix: str, module: nn.Module, name: str, shape: tuple[i
 def param_groups(model: nn.Module, sigma: str | float = "auto", **keywords: Any) -> list[dict[str, Any]]:
     """Parameter groups for `Amos(param_groups(model, sigma="paper"), lr)`, with names.
 
-    Parameters with equal settings share a group. Frozen parameters are left out.
+    Parameters with equal settings share a group. Frozen parameters are left out. The model may be sharded afterwards,
+    with fully_shard or parallelize_module, but before the optimizer is built.
 
     Args:
         sigma: "auto" (scale at initialization), "paper" (by module), or a number for all.
@@ -127,15 +129,34 @@ def param_groups(model: nn.Module, sigma: str | float = "auto", **keywords: Any)
     check({"sigma": sigma, **keywords})
     advice = advise(model)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    fan_ins = {name: fan_in for name in trained if (fan_in := advice[name].fan_in) and not trained[name].is_meta}
+    totals = sums_of_squares([trained[name] for name in fan_ins]) if sigma == "auto" else [1.0] * len(fan_ins)
+    zeros = {name for name, total in zip(fan_ins, totals, strict=True) if not total}
+    for name, param in trained.items():
+        _note_place(model, name, param)
         values = settings_from(advice[name], sigma, keywords)
-        if sigma == "auto" and (fan_in := advice[name].fan_in) and not param.is_meta and not param.any():
-            values["sigma"] = math.sqrt(1 / fan_in)  # zeros have no scale; their module knows the fan-in
+        if name in zeros:
+            values["sigma"] = math.sqrt(1 / fan_ins[name])  # zeros have no scale; their module knows the fan-in
         group = groups.setdefault(tuple(values.items()), {"params": [], **keywords, **values})
         group["params"].append((name, param))
     return list(groups.values())
+
+
+# Where param_groups found a parameter: sharding a model afterwards puts another tensor there.
+_PLACES = WeakTensorKeyDictionary()
+
+
+def _note_place(model: nn.Module, name: str, param: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    _PLACES[param] = (weakref.ref(model.get_submodule(path)), leaf)
+
+
+def current(param: Tensor) -> Tensor:
+    """The parameter that is where `param_groups` found this one: fully_shard and parallelize_module replace them."""
+    module, leaf = _PLACES.get(param, (None, ""))
+    found = getattr(module(), leaf, None) if module is not None else None
+    return found if isinstance(found, nn.Parameter) and found.shape == param.shape else param
 
 
 def settings_from(advice: Advice, sigma: Any, keywords: dict[str, Any]) -> dict[str, Any]:
@@ -152,46 +173,27 @@ def settings_from(advice: Advice, sigma: Any, keywords: dict[str, Any]) -> dict[
 def scales(params: list[Tensor], row_dims: list[int], group_names: list[str]) -> list[float]:
     """sigma="auto": for each parameter the root mean square of its entries now; 0.5 for 0-d and 1-d.
 
-    A parameter of zeros gets sqrt(1 / fan_in). Parameters that zero.Init has partitioned are added up over their ranks,
-    all in one all-reduce for each process group: every rank must call this with the same parameters.
+    A parameter of zeros gets sqrt(1 / fan_in). Those that are cut over ranks are added up over them, all in one
+    all-reduce for each process group: every rank must call this with the same parameters.
 
     Raises:
         RuntimeError: a parameter has no values yet (meta device).
         ValueError: a parameter holds NaN or infinite values.
     """
-    sums: list[Tensor | None] = []
-    waiting: dict[Any, list[int]] = {}
-    for i, param in enumerate(params):
-        shape = original_shape(param)
-        if len(shape) < 2 or math.prod(shape) == 0:
-            sums.append(None)
-            continue
-        if param.is_meta:
+    shapes = [original_shape(param) for param in params]
+    measured = [i for i, shape in enumerate(shapes) if len(shape) >= 2 and 0 not in shape]
+    for i in measured:
+        if params[i].is_meta:
             raise RuntimeError(
                 f"sigma='auto' needs the values of parameter {group_names[i]!r}, which is on the meta device. "
                 "Materialize the model first, or give sigma as a number or 'paper'."
             )
-        part = partition_sum_of_squares(param)
-        if part is None:
-            sums.append(torch.linalg.vector_norm(param.detach(), dtype=torch.float64).square())
-        else:
-            sums.append(part[0])
-            waiting.setdefault(part[1], []).append(i)
-    for group, members in waiting.items():
-        stacked = torch.stack([total for i in members if (total := sums[i]) is not None])
-        dist.all_reduce(stacked, group=group)
-        for i, total in zip(members, stacked, strict=True):
-            sums[i] = total
-    values = zip(params, sums, row_dims, group_names, strict=True)
-    return [_scale(param, total, dims, name) for param, total, dims, name in values]
-
-
-def _scale(param: Tensor, total: Tensor | None, row_dims: int, name: str) -> float:
-    if total is None:
-        return 0.5
-    if not math.isfinite(float(total)):
-        raise ValueError(f"parameter {name!r} holds NaN or infinite values. Mend it, or give sigma as a number.")
-    shape = original_shape(param)
-    if (scale := math.sqrt(float(total) / math.prod(shape))) > 0:
-        return scale
-    return math.sqrt(1 / max(1, math.prod(shape[row_dims:])))
+    result = [0.5] * len(params)
+    for i, total in zip(measured, sums_of_squares([params[i] for i in measured]), strict=True):
+        if not math.isfinite(total):
+            raise ValueError(
+                f"parameter {group_names[i]!r} holds NaN or infinite values. Mend it, or give sigma as a number."
+            )
+        fan_in = math.prod(shapes[i][row_dims[i] :])
+        result[i] = math.sqrt(total / math.prod(shapes[i])) or math.sqrt(1 / max(1, fan_in))
+    return result

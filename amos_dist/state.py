@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sharding import Piece
+from .sharding import Piece, Tile, dtensor
 
 State = dict[str, Any]
 FLOAT_STATE = ("row_moment", "column_moment", "moment", "decay")
@@ -28,28 +28,30 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def state_sizes(pieces: list[Piece], kinds: dict[int, str]) -> dict[str, int]:
+def state_sizes(pieces: list[Piece | Tile], kinds: dict[int, str]) -> dict[str, int]:
     """Entries of row_moment, column_moment and decay that a tensor made of `pieces` needs. kinds: moments by key."""
     sizes = {"row_moment": 0, "column_moment": 0, "decay": 0}
     for piece in pieces:
         kind = kinds[piece.key]
         rows = piece.touched_rows if has_rows(kind) else 0
-        columns = piece.cols if has_columns(kind) and piece.length else 0
+        columns = piece.touched_cols if has_columns(kind) else 0
         sizes["row_moment"] += rows
         sizes["column_moment"] += columns
         sizes["decay"] += rows if has_rows(kind) else columns
     return sizes
 
 
-def whole_shapes(kind: str, shape: tuple[int, ...], row_dims: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a whole parameter's float state: those of a mean with keepdim."""
-    if kind in ("scalar", "full"):
-        moment = shape if kind == "full" else (1,) * len(shape)
-        return {"moment": moment, "decay": moment}
-    rows, columns = shape[:row_dims] + (1,) * (len(shape) - row_dims), (1,) * row_dims + shape[row_dims:]
+def kept_dims(kind: str, dims: int, row_dims: int) -> dict[str, range]:
+    """The dimensions that the float state of a whole parameter has of its `dims`; in the others its size is 1.
+
+    Args:
+        row_dims: of the parameter's matrix view: none for "scalar", all for "full".
+    """
+    rows, columns = range(row_dims), range(row_dims, dims)
     if kind == "column":
         return {"column_moment": columns, "decay": columns}
-    return {"row_moment": rows, "decay": rows} | ({"column_moment": columns} if kind == "factored" else {})
+    own = "moment" if kind in ("scalar", "full") else "row_moment"
+    return {own: rows, "decay": rows} | ({"column_moment": columns} if kind == "factored" else {})
 
 
 def refuse_foreign(state: State, name: str) -> None:
@@ -93,9 +95,13 @@ def refuse_shapes(state: State, name: str, shape: tuple[int, ...], expected: dic
 def own_memory(state: State) -> State:
     """The same state, where tensors that are views of a larger buffer are copied: saving one would save the buffer."""
     return {
-        key: value.clone() if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes else value
+        key: value.clone() if isinstance(value, Tensor) and _is_part(dtensor.local_of(value)) else value
         for key, value in state.items()
     }
+
+
+def _is_part(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
 def put_back(state_dict: dict[str, Any], groups: list[dict[str, Any]], states: dict[Tensor, State]) -> None:

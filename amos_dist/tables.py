@@ -12,7 +12,7 @@ from torch import Tensor
 
 CODES = {"row": 0, "scalar": 0, "full": 0, "column": 1, "factored": 2}  # csrc/block.h: enum Moments
 BLOCK_FIELDS = 16
-HYPER_FIELDS, LR, T = 12, 0, 3
+HYPER_FIELDS, LR, BETA, T = 12, 0, 2, 3
 
 
 class Constants(NamedTuple):

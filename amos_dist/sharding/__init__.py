@@ -1,13 +1,13 @@
-"""Which part of which parameter a tensor is, and the one all-reduce. Knows shapes and collectives, and no formula."""
+"""Which part of which parameter a tensor is, and the all-reduce. Knows shapes and collectives, and no formula."""
 
 from __future__ import annotations
 
 import torch
 
-from . import whole, zero
+from . import dtensor, whole, zero
 from .layout import Cut, Layout, Original
-from .piece import Block, Piece, cut_rows
-from .reduce import Pending, disagreement
+from .piece import Block, Piece, Tile, cut_rows
+from .reduce import Pending, Reduction, disagreement, joined, neighbours
 
 __all__ = [
     "Block",
@@ -16,9 +16,13 @@ __all__ = [
     "Original",
     "Pending",
     "Piece",
+    "Reduction",
+    "Tile",
     "cut_rows",
     "disagreement",
+    "joined",
     "layout_of",
+    "neighbours",
     "refuse_unknown",
 ]
 
@@ -32,11 +36,8 @@ def refuse_unknown(param: torch.Tensor, name: str) -> None:
             f"parameter {name!r} is flattened by FSDP1, so that rows and columns are lost. "
             "Use FSDP2: torch.distributed.fsdp.fully_shard."
         )
-    if type(param).__name__ == "DTensor" or type(getattr(param, "data", param)).__name__ == "DTensor":
-        raise RuntimeError(
-            f"parameter {name!r} is a DTensor, which this version does not shard yet. "
-            "Use DeepSpeed ZeRO, or pass whole parameters."
-        )
+    if dtensor.is_dtensor(param):
+        dtensor.refuse_unplaced(param, name)
 
 
 def layout_of(

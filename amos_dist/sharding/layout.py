@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .piece import Piece
+from .piece import Piece, Tile
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,30 @@ class Cut:
 @dataclass
 class Layout:
     """Attributes:
-    pieces: the parts of parameters that the tensor holds, in order of their offset.
-    group: the process group over which the cut parameters are spread; None: this process holds them whole.
-    cuts: the same list, in the same order, on every rank of `group`, whatever that rank holds.
+    pieces: the parts of parameters that the tensor holds, in order of their offset; of a DTensor one tile.
+    groups: the process groups over which the cut parameters are spread; none: this process holds them whole.
+    cuts: of a flat partition, which has one group: the same list, in the same order, on every rank, whatever it holds.
+    fellows: those whose ranks must step together, or not at all: `groups`, and where they are replicas of each other.
+    row_groups, column_groups: of a tile: those of `groups` over which the sums of its rows, of its columns are added.
     fault: why the layout cannot be trusted, "" if it can. Every rank learns of it before the first step.
+    unnumbered: of a tile: nobody knows the numbers of its elements, which stochastic rounding needs.
     clone: the tensor is a framework's copy of a whole parameter, which is stepped once with zeros at start.
     """
 
-    pieces: list[Piece]
-    group: Any = None
+    pieces: list[Piece | Tile]
+    groups: tuple[Any, ...] = ()
+    fellows: tuple[Any, ...] = ()
     cuts: list[Cut] = field(default_factory=list)
+    row_groups: tuple[Any, ...] = ()
+    column_groups: tuple[Any, ...] = ()
     fault: str = ""
+    unnumbered: bool = False
     clone: bool = False
+
+    @property
+    def tile(self) -> Tile | None:
+        """What a DTensor holds; None for any other tensor."""
+        return self.pieces[0] if self.pieces and isinstance(self.pieces[0], Tile) else None
 
 
 @dataclass(eq=False)
@@ -45,7 +58,8 @@ class Original:
         key: its number, in the order of the groups.
         group: the number of its parameter group. place: its number there.
         trainable: whether it required a gradient then: what frameworks copy or flatten is decided at that time.
-        rows, cols: its matrix view for the kind of moments that it has; "scalar" is 1 x numel, "full" is numel x 1.
+        row_dims: of its matrix view for the kind of moments that it has: none for "scalar", all for "full".
+        rows, cols: that matrix: "scalar" is 1 x numel, "full" is numel x 1.
     """
 
     key: int
@@ -54,13 +68,20 @@ class Original:
     place: int
     param: torch.Tensor
     shape: tuple[int, ...]
-    rows: int
-    cols: int
+    row_dims: int
     trainable: bool
 
     @property
+    def rows(self) -> int:
+        return math.prod(self.shape[: self.row_dims])
+
+    @property
+    def cols(self) -> int:
+        return math.prod(self.shape[self.row_dims :])
+
+    @property
     def numel(self) -> int:
-        return self.rows * self.cols
+        return math.prod(self.shape)
 
     def whole(self, offset: int = 0) -> Piece:
         return Piece(self.key, self.rows, self.cols, 0, self.numel, offset)

@@ -1,7 +1,8 @@
 """Which part of which parameter a tensor holds.
 
-A parameter is read as an R x C matrix. A *piece* is a contiguous range of its row-major elements; a *block* is what the
-kernels take: a rectangle without gaps. A piece is at most three blocks: the end of a row, whole rows, the start of one.
+A parameter is read as an R x C matrix. A *piece* is a contiguous range of its row-major elements (ZeRO), a *tile* is
+some of its rows, and of these some columns (DTensor); a *block* is what the kernels take: a rectangle without gaps. A
+piece is at most three blocks: the end of a row, whole rows, the start of one. A tile is one.
 This module knows shapes and no formula, no framework and no process group.
 """
 
@@ -48,6 +49,11 @@ class Piece:
         """Rows of which the piece has at least one element."""
         return -(-(self.start + self.length) // self.cols) - self.first_row if self.length else 0
 
+    @property
+    def touched_cols(self) -> int:
+        """Columns that the piece has state for: all of them, since most pieces span whole rows."""
+        return self.cols if self.length else 0
+
     def blocks(self) -> list[Block]:
         """The rectangles that the piece is made of, in order."""
         if not self.length:
@@ -65,6 +71,36 @@ class Piece:
         if at < end:  # the start of a row
             result.append(Block(at - self.start, at // C, 0, 1, end - at))
         return result
+
+
+@dataclass(frozen=True)
+class Tile:
+    """touched_rows x touched_cols elements without a gap, of a parameter that is an R x C matrix.
+
+    Attributes:
+        key: which parameter, in the optimizer's own numbering.
+        rows, cols: R and C of the whole parameter.
+        touched_rows, touched_cols: how many of its rows and columns are here, where it has state for these. One of
+            them alone may be 0: a rank without elements keeps the state that it shares with others.
+        start: the number of the first element among the parameter's, row-major.
+    """
+
+    key: int
+    rows: int
+    cols: int
+    touched_rows: int
+    touched_cols: int
+    start: int = 0
+
+    # State begins at the tile's own first row and column; the tensor holds nothing else.
+    first_row = 0
+    offset = 0
+
+    def blocks(self) -> list[Block]:
+        """The rectangle itself, or none where it is empty."""
+        if not self.touched_rows * self.touched_cols:
+            return []
+        return [Block(0, 0, 0, self.touched_rows, self.touched_cols)]
 
 
 def cut_rows(rows: int, cols: int, borders: list[int]) -> list[int]:

@@ -1,11 +1,15 @@
-"""The one all-reduce, and the agreement before the first."""
+"""The one all-reduce of each process group, and the agreement before the first."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+Range = tuple[int, int]
 
 
 def disagreement(group: Any, fault: str, size: int) -> str:
@@ -19,8 +23,8 @@ def disagreement(group: Any, fault: str, size: int) -> str:
     if fault:
         return fault
     for rank, other, _ in found:
-        if other:
-            return f"rank {rank} cannot take this step: {other}"
+        if other:  # told by a rank, which may have been told itself
+            return other if other.startswith("rank ") else f"rank {rank} cannot take this step: {other}"
     for rank, _, other in found:
         if other != size:
             return (
@@ -46,3 +50,70 @@ class Pending:
             self.work.wait()
         if self.sent is not self.tensor:
             self.tensor.copy_(self.sent)
+
+
+def neighbours(sections: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """An order of the sections of a buffer in which the sections of each process group follow each other, if any does.
+
+    Args:
+        sections: for each, the groups over which it is added up, in the order of first use, which is that of all ranks.
+    """
+
+    def breaks(order: Iterable[tuple[Any, ...]]) -> int:
+        pairs = itertools.pairwise([(), *order])
+        return sum(group not in before for before, groups in pairs for group in groups)
+
+    few = len(sections) <= 6  # all orders are tried; a buffer for two dimensions of a mesh has three sections
+    return list(min(itertools.permutations(sections), key=breaks) if few else sections)
+
+
+def joined(ranges: Sequence[Range]) -> list[Range]:
+    """The same ranges, in order, where those that follow each other are one."""
+    result: list[Range] = []
+    for begin, end in sorted(ranges):
+        if result and result[-1][1] == begin:
+            result[-1] = (result[-1][0], end)
+        elif begin < end:
+            result.append((begin, end))
+    return result
+
+
+class Reduction:
+    """One all-reduce for each process group, of its ranges of one vector; what several add up, one does after another.
+
+    Args:
+        ranges: by process group, `joined`, the groups in the same order on every rank. One range is reduced in place.
+    """
+
+    def __init__(self, vector: torch.Tensor, ranges: dict[Any, list[Range]]) -> None:
+        self.vector, self.ranges = vector, ranges
+        self._running: list[tuple[Pending, torch.Tensor, list[Range]]] = []
+        self._later: list[Any] = []
+        taken: list[Range] = []
+        for group, some in ranges.items():
+            if any(begin < last and first < end for begin, end in some for first, last in taken):
+                self._later.append(group)
+            elif some:
+                self._start(group)
+            taken += some
+
+    def _start(self, group: Any) -> None:
+        ranges = self.ranges[group]
+        parts = [self.vector[begin:end] for begin, end in ranges]
+        sent = parts[0] if len(parts) == 1 else torch.cat(parts)
+        self._running.append((Pending(sent, group), sent, ranges if len(parts) > 1 else []))
+
+    def wait(self) -> None:
+        """Every sum is in the vector then."""
+        self._wait()
+        for group in self._later:
+            self._start(group)
+            self._wait()
+
+    def _wait(self) -> None:
+        for pending, sent, ranges in self._running:
+            pending.wait()
+            if ranges:
+                for (begin, end), part in zip(ranges, sent.split([e - b for b, e in ranges]), strict=True):
+                    self.vector[begin:end] = part
+        self._running.clear()

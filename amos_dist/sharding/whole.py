@@ -1,9 +1,10 @@
-"""Tensors that are whole parameters: plain torch, DDP, and DeepSpeed's ZeRO stage 0."""
+"""Tensors that are the group's own parameters: plain torch, DDP, DeepSpeed's ZeRO stage 0, and, cut, DTensors."""
 
 from __future__ import annotations
 
 import torch
 
+from . import dtensor
 from .layout import Layout, Original
 
 
@@ -11,7 +12,7 @@ def find(tensor: torch.Tensor, originals: list[Original]) -> Layout | None:
     """The layout of `tensor` if it is one of its group's parameters."""
     for original in originals:
         if original.param is tensor:
-            return Layout([original.whole()])
+            return dtensor.find(tensor, original) if dtensor.is_dtensor(tensor) else Layout([original.whole()])
     return None
 
 

@@ -53,13 +53,14 @@ def _stage3(flat: torch.Tensor, zero: Any, everywhere: list[Original]) -> Layout
     layout, offset, checks = Layout([]), 0, []
     for param in zero.fp16_groups[number]:
         original = by_identity[id(param)]
-        if layout.group is not None and layout.group is not param.ds_process_group:
+        if layout.groups and layout.groups[0] is not param.ds_process_group:
             raise RuntimeError(
                 f"parameter {original.name!r} is partitioned over another process group than its neighbours. "
                 "Put the parameters of each process group into a parameter group of their own."
             )
-        layout.group = param.ds_process_group
-        n, rank, ranks = param.partition_numel(), dist.get_rank(layout.group), dist.get_world_size(layout.group)
+        group = param.ds_process_group
+        layout.groups = layout.fellows = (group,)
+        n, rank, ranks = param.partition_numel(), dist.get_rank(group), dist.get_world_size(group)
         start, length = rank * n, max(0, min(n, original.numel - rank * n))
         if length:
             layout.pieces.append(Piece(original.key, original.rows, original.cols, start, length, offset))
@@ -80,13 +81,13 @@ def _stage12(flat: torch.Tensor, flattened: list[Original]) -> Layout:
     group = flattened[0].param._dp_group  # type: ignore[attr-defined]
     rank, size = dist.get_rank(group), flat.numel()
     base = min(original.param.data_ptr() for original in flattened)
-    layout, checks = Layout([], group=group), []
+    layout, checks = Layout([], (group,), (group,)), []
     for original in sorted(flattened, key=lambda o: o.param.data_ptr()):
         param = original.param
         begin = (param.data_ptr() - base) // param.element_size()
         if begin + original.numel > size * dist.get_world_size(group):
             # Addresses differ from rank to rank then: nothing that depends on them may reach the all-reduce.
-            return Layout([], group=group, fault=_misplaced(original))
+            return Layout([], (group,), (group,), fault=_misplaced(original))
         first, last = max(begin, rank * size), min(begin + original.numel, (rank + 1) * size)
         if first < last:
             start, offset = first - begin, first - rank * size

@@ -12,9 +12,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from amos_dist import plan
-from amos_dist.plan import Member, Plan
+from amos_dist.member import Member
+from amos_dist.plan import Plan
 from amos_dist.reference import amos_step
-from amos_dist.sharding import Layout, Piece, cut_rows
+from amos_dist.sharding import Layout, Piece, cut_rows, reduce
 from amos_dist.sharding.layout import Cut
 from amos_dist.state import state_sizes
 from amos_dist.tables import Constants
@@ -103,7 +104,7 @@ class Ranks:
 
 
 class FakePending:
-    """Takes the place of plan.Pending."""
+    """Takes the place of reduce.Pending."""
 
     def __init__(self, tensor: torch.Tensor, group: Ranks) -> None:
         group.add(tensor)
@@ -125,7 +126,7 @@ def constants(key: int, group: Any) -> Constants:
 def shard(rank: int, ranks: Ranks, kinds: list[str], flat: torch.Tensor) -> tuple[torch.Tensor, Layout]:
     """This rank's part of all parameters laid one behind the other, as ZeRO-1 and -2 do it."""
     part = -(-flat.numel() // ranks.size)
-    layout, begin = Layout([], group=ranks), 0
+    layout, begin = Layout([], (ranks,), (ranks,)), 0
     for key, ((rows, cols), kind) in enumerate(zip(SHAPES, kinds, strict=True)):
         n = rows * cols
         R, C = VIEWS.get(kind, lambda n, rows, cols: (rows, cols))(n, rows, cols)
@@ -143,7 +144,7 @@ def shard(rank: int, ranks: Ranks, kinds: list[str], flat: torch.Tensor) -> tupl
 @pytest.mark.parametrize("kind", [*KINDS, "mixed"])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_simulated_ranks(size: int, kind: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "Pending", FakePending)
+    monkeypatch.setattr(reduce, "Pending", FakePending)
     monkeypatch.setattr(plan, "disagreement", lambda group, fault, size: fault)
     kinds = [kind if kind != "mixed" else KINDS[i % len(KINDS)] for i in range(len(SHAPES))]
     params = [randn(i, *shape, dtype=torch.float64) for i, shape in enumerate(SHAPES)]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from amos_dist import Amos, plan
+from amos_dist import Amos, launch
 
 from .compare import gradients, parameters, randn
 
@@ -55,15 +55,15 @@ def test_an_error_while_binding_is_no_end(monkeypatch: pytest.MonkeyPatch) -> No
     optimizer, expected = Amos(params, **KEYWORDS), [param.detach().clone() for param in params]
     for param in params:
         param.grad = torch.ones_like(param)
-    bind, calls = plan._Launch.bind, []
+    bind, calls = launch.Launch.bind, []
 
-    def once(launch: Any, states: Any) -> None:
-        calls.append(launch)
+    def once(each: Any, states: Any) -> None:
+        calls.append(each)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("no memory")
-        bind(launch, states)
+        bind(each, states)
 
-    monkeypatch.setattr(plan._Launch, "bind", once)
+    monkeypatch.setattr(launch.Launch, "bind", once)
     with pytest.raises(torch.OutOfMemoryError):
         optimizer.step()
     assert all(map(torch.equal, params, expected))

@@ -1,0 +1,232 @@
+"""Tensors that share one set of dtypes: their state in one buffer, and the kernel calls of one step."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .columns import CutColumns
+from .member import Member
+from .sharding import dtensor
+from .state import FLOAT_STATE, State, compute_dtype
+from .tables import Blocks, Constants, Numbers
+from .travel import Travel
+
+ConstantsOf = Callable[[int, dict[str, Any]], Constants]
+
+
+class Launch:
+    """Tensors that share one set of dtypes: one call of a kernel serves all."""
+
+    def __init__(self, first: Member, travel: Travel) -> None:
+        self.device, self.dtype, self.compute = first.tensor.device, first.tensor.dtype, compute_dtype(first.tensor)
+        # Where `step` and the hyper-parameters are.
+        self.counts_on = self.device if first.capturable else torch.device("cpu")
+        self.master = first.master
+        self.with_momentum = first.momentum_dtype is not None
+        self.ops = ops.backend(self.device, first.fused)
+        self.members: list[Member] = []
+        self.local, self.shared = Blocks(), Blocks()  # of parameters that are whole here; of those that are cut
+        self.hollow = Blocks()  # of tiles without elements, for the state that they share with other ranks
+        self.cut_columns = CutColumns(travel, self.device, self.compute)
+        self.flags: list[int | None] = []  # where ranks count who has a gradient for each tensor
+        self.rows: list[tuple[int, int]] = []  # of the hyper-parameters: the parameter's key, the number of its tensor
+        self.stale = True  # a hyper-parameter other than lr has changed
+        self.places: list[dict[str, int]] = []  # where each tensor's state begins in the buffer
+        self.size = 0  # of that buffer
+        self.state = self.steps = torch.empty(0)
+        self._bound: list[Tensor] = []
+        self._watched: list[tuple[State, str]] = []  # one of each state: who moves its data moves all of it
+        self._addresses: list[int] = []
+        self._masks: dict[tuple[bool, ...], Tensor] = {}
+        self._versions: list[Any] = []  # of the parameters when they were last written here, where there are masters
+        self._travel = travel
+
+    def freeze(self) -> None:
+        """All members are there: makes what every step uses."""
+        self.tensors = [member.tensor for member in self.members]
+        self.names = "\n".join(member.name for member in self.members)
+        self.sharded = any(map(dtensor.is_dtensor, self.tensors))
+        tiles = [member.layout.tile for member in self.members]
+        self.flags = [None if tile is None else self._travel.flag(tile.key) for tile in tiles]
+        groups = [member.group for member in self.members]
+        self.numbers = Numbers([number for _, number in self.rows], groups, self.counts_on)
+        self.cut_columns.freeze()
+
+    def fill_numbers(self, constants_of: ConstantsOf) -> None:
+        """Reads the hyper-parameters of the groups; all before any is changed, because one may be wrong."""
+        self.numbers.fill([constants_of(key, self.members[number].group) for key, number in self.rows])
+        if self.cut_columns:
+            self.cut_columns.read_beta(self.numbers)
+        self.stale = False
+
+    def bind(self, states: dict[Tensor, State]) -> None:
+        """All state in one buffer and all steps in another, of which the tensors' states become views.
+
+        The kernels then take two tensors instead of four for each parameter, and one addition counts all steps.
+        """
+        self.states = [states[tensor] for tensor in self.tensors]
+        self.state = torch.zeros(self.size, dtype=self.compute, device=self.device)
+        self.steps = torch.zeros(len(self.states), device=self.counts_on)
+        new: list[tuple[State, str, Tensor]] = []
+        for number, (state, places) in enumerate(zip(self.states, self.places, strict=True)):
+            held = {key: dtensor.local_of(state[key]) for key in FLOAT_STATE if key in state}
+            parts = {key: self.state[places[key] : places[key] + each.numel()] for key, each in held.items()}
+            new += [(state, key, part.view(held[key].shape).copy_(held[key])) for key, part in parts.items()]
+            new.append((state, "step", self.steps[number].copy_(state["step"])))
+        for state, key, part in new:  # all is there: nothing can fail any more
+            state[key] = dtensor.held_in(part, state[key])
+        self._bound = [value for state in self.states for value in state.values()]
+        self._watched = [(state, "decay" if "decay" in state else "step") for state in self.states]
+        self._addresses = self._find_addresses()
+        self._versions = [None] * len(self.tensors)
+
+    def _find_versions(self) -> list[Any]:
+        """Other code writes to a DTensor, or to what this rank holds of it, or puts another tensor there."""
+        held = self.locals_of(self.tensors)
+        return [(t._version, id(each), each._version) for t, each in zip(self.tensors, held, strict=True)]
+
+    def note_versions(self) -> None:
+        if self.master:
+            self._versions = self._find_versions()
+
+    def follow_weights(self) -> None:
+        """Masters of parameters that somebody else has written to (a checkpoint, an average) since the last step."""
+        for i, version in enumerate(self._find_versions()):
+            if self._versions[i] != version:
+                tensor, master = self.locals_of([self.tensors[i], self.states[i]["master"]])
+                master.copy_(torch.where(master.to(tensor.dtype) == tensor, master, tensor.float()))
+
+    def locals_of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """What this rank holds of each."""
+        return list(map(dtensor.local_of, tensors)) if self.sharded else tensors
+
+    def _find_addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self.locals_of([state[key] for state, key in self._watched])]
+
+    def holds(self) -> bool:
+        """Whether the states are still these views: loading, hooks and users replace them, offloading moves them."""
+        found = [value for state in self.states for value in state.values()]
+        if len(found) != len(self._bound) or not all(map(operator.is_, found, self._bound)):
+            return False
+        return self._addresses == self._find_addresses()
+
+    def count(self, present: list[bool] | None) -> None:
+        if present is None:
+            self.steps += 1
+        else:
+            which = tuple(present)
+            if which not in self._masks:  # kept: a CUDA graph cannot take it from the CPU, and needs it for ever
+                self._masks[which] = torch.tensor(present, device=self.steps.device)
+            self.steps += self._masks[which]
+
+
+class Call:
+    """One launch in one step: its tensors, state and numbers, ready for the kernels.
+
+    Small models spend more time here than in the kernels: no work for each tensor that a list comprehension cannot do.
+    """
+
+    def __init__(self, launch: Launch, shared_work: Tensor, local_work: Tensor) -> None:
+        self.launch, self.shared_work, self.local_work = launch, shared_work, local_work
+        self.present: list[bool] | None = None
+        self.grads = self._gradients()
+        self.tensors = self.dense = launch.locals_of(launch.tensors)
+        if not all(map(Tensor.is_contiguous, self.tensors)):
+            self.dense = [tensor.detach().contiguous() for tensor in self.tensors]
+        self.params, self.low, self.momentum = self.dense, [], []
+        if launch.master:
+            launch.follow_weights()
+            self.params, self.low = launch.locals_of([state["master"] for state in launch.states]), self.dense
+        if launch.with_momentum:
+            self.momentum = launch.locals_of([state["momentum"] for state in launch.states])
+        self.hyper = launch.numbers.at(launch.steps)
+
+    def _gradients(self) -> list[Tensor]:
+        """Contiguous, of one dtype: the parameter's, or for float32 parameters a lower one that all gradients have."""
+        launch = self.launch
+        tensors = launch.tensors
+        found = dtensor.local_gradients(tensors) if launch.sharded else [tensor.grad for tensor in tensors]
+        grads = [grad for grad in found if grad is not None]
+        if len(grads) < len(found):
+            self.present = [grad is not None for grad in found]
+        dtypes = {grad.dtype for grad in grads}
+        dtype = launch.dtype
+        if dtype == torch.float32 and len(dtypes) == 1:
+            dtype = next(iter(dtypes & {torch.bfloat16, torch.float16}), dtype)
+        if dtypes != {dtype} or not all(map(Tensor.is_contiguous, grads)):
+            grads = [grad.to(dtype).contiguous() for grad in grads]
+        if self.present is None:
+            return grads
+        some, empty = iter(grads), torch.empty(0, dtype=dtype, device=launch.device)
+        return [next(some) if there else empty for there in self.present]
+
+    def absent(self) -> list[int]:
+        """The places of the flags of parameters that have no gradient on this rank."""
+        flags = zip(self.launch.flags, self.present or (), strict=False)
+        return [flag for flag, there in flags if flag is not None and not there]
+
+    def sums(self) -> None:
+        launch, work = self.launch, self.shared_work
+        if launch.shared:
+            launch.ops.sums_(self.grads, work, launch.shared.table(self.present), self.hyper, launch.names)
+        if launch.cut_columns:
+            launch.cut_columns.send(work, launch.state)
+
+    def step(self) -> None:
+        """Of what needs nothing of other ranks."""
+        self._step(self.present)
+
+    def _step(self, present: list[bool] | None) -> None:
+        launch = self.launch
+        if launch.local:
+            changed = (self.params, self.grads, self.momentum, self.low)
+            blocks = launch.local.table(present)
+            launch.ops.step_(*changed, launch.state, self.local_work, blocks, self.hyper, launch.names)
+
+    def join(self) -> None:
+        """Parameters that only other ranks have a gradient for are stepped with zeros: all ranks stay together.
+
+        A rank that has all gradients need not look, nor wait for its device.
+        """
+        absent = self.absent()
+        if self.present is None or not absent:
+            return
+        somewhere = dict(zip(absent, (self.shared_work[0, absent] > 0).tolist(), strict=True))
+        pairs = zip(self.launch.flags, self.present, strict=True)
+        late = [not there and flag is not None and somewhere[flag] for flag, there in pairs]
+        if any(late):
+            zeros = zip(self.params, self.grads, late, strict=True)
+            self.grads = [torch.zeros_like(p, dtype=grad.dtype) if now else grad for p, grad, now in zeros]
+            self._step(late)
+            self.present = [there or now for there, now in zip(self.present, late, strict=True)]
+
+    def slots_and_update(self) -> None:
+        launch, work = self.launch, self.shared_work
+        if launch.hollow:
+            launch.ops.slots_(launch.state, work, launch.hollow.table(self.present), self.hyper, launch.names)
+        if launch.shared:
+            changed = (self.params, self.grads, self.momentum, self.low)
+            blocks = launch.shared.table(self.present)
+            launch.ops.slots_(launch.state, work, blocks, self.hyper, launch.names)
+            if launch.cut_columns:
+                launch.cut_columns.mend(work, launch.state)
+            launch.ops.update_(*changed, work, blocks, self.hyper, launch.names)
+
+    def count(self) -> None:
+        """Steps taken; parameters that were not contiguous; versions for autograd."""
+        launch, present = self.launch, self.present or [True] * len(self.tensors)
+        if self.dense is not self.tensors:
+            for tensor, dense, there in zip(self.tensors, self.dense, present, strict=True):
+                if there and not tensor.is_contiguous():
+                    tensor.detach().copy_(dense)
+        launch.count(self.present)
+        for changed in (launch.tensors, self.tensors) if launch.sharded else (launch.tensors,):
+            moved = [tensor for tensor, there in zip(changed, present, strict=True) if there]
+            torch.autograd.graph.increment_version(moved)
+        launch.note_versions()

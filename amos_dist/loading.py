@@ -1,0 +1,78 @@
+"""Whether a state_dict fits an optimizer: asked before anything of it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import settings
+from .member import state_shapes
+from .sharding import Layout, Original, dtensor
+from .state import State, kept_dims, refuse_foreign, refuse_shapes
+
+
+def refuse_state_dict(
+    state_dict: dict[str, Any],
+    groups: Sequence[dict[str, Any]],
+    originals: Sequence[Original],
+    kinds: dict[int, str],
+    setting: Callable[[Original, dict[str, Any], str], Any],
+) -> None:
+    """Args:
+        groups: the optimizer's. setting: the value of a keyword for a parameter in a group.
+
+    Raises:
+        ValueError: `state_dict` is of another optimizer, another model or other `moments`.
+    """
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"the state_dict has no {key!r}. Give what Amos.state_dict() returned.")
+    if len(state_dict["param_groups"]) != len(groups):
+        raise ValueError(
+            f"the state_dict has {len(state_dict['param_groups'])} parameter groups, the optimizer has "
+            f"{len(groups)}. Build the optimizer with the groups that the checkpoint was written with."
+        )
+    by_identity = {id(original.param): original for original in originals}
+    for saved, group in zip(state_dict["param_groups"], groups, strict=True):
+        if len(saved["params"]) != len(group["params"]):
+            raise ValueError(
+                f"a parameter group of the state_dict has {len(saved['params'])} parameters, the optimizer's has "
+                f"{len(group['params'])}. Load it into the model that it was written with."
+            )
+        for place, (number, tensor) in enumerate(zip(saved["params"], group["params"], strict=True)):
+            _refuse_state(state_dict["state"].get(number, {}), tensor, place, by_identity.get(id(tensor)), kinds)
+        if "amos_group" not in saved or "measured_sigma" not in saved:
+            raise ValueError(
+                "the state_dict is not of Amos: a parameter group has no 'amos_group'. "
+                "To start with a fresh optimizer on these weights, load the model only."
+            )
+        settings.check({key: saved[key] for key in settings.KEYWORDS if key in saved})
+        for original in (o for o in originals if o.group == saved["amos_group"]):
+            measured = saved["measured_sigma"]
+            if setting(original, {"sigma": "auto", **saved}, "sigma") == "auto" and (
+                original.place >= len(measured) or measured[original.place] is None
+            ):
+                raise ValueError(
+                    f"the state_dict has no sigma for {original.name!r}. "
+                    "Build the optimizer with the `sigma` and the rules that the checkpoint was written with."
+                )
+
+
+def _refuse_state(state: State, tensor: Tensor, place: int, original: Original | None, kinds: dict[int, str]) -> None:
+    if not state:
+        return
+    name = original.name if original else f"the tensor at place {place}"
+    refuse_foreign(state, name)
+    if original is None:  # a partition's state is checked when its layout is known, at the next step
+        return
+    refuse_shapes(state, name, original.shape, state_shapes(tensor, Layout([original.whole()]), original, kinds))
+    kept = kept_dims(kinds[original.key], len(original.shape), original.row_dims)
+    for key, value in state.items():
+        dims = kept.get(key, range(len(original.shape)))
+        if key != "step" and not dtensor.is_placed(value, tensor, dims):
+            raise ValueError(
+                f"the state {key!r} of {name!r} is not sharded as the parameter is. "
+                "Load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
+            )

@@ -1,0 +1,142 @@
+"""A tensor of the optimizer's groups as a step sees it, and the state that it needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import settings
+from .sharding import Layout, Original, dtensor
+from .state import FLOAT_STATE, State, compute_dtype, kept_dims, state_sizes
+
+
+@dataclass(eq=False)
+class Member:
+    """A tensor of the optimizer's groups, in a Plan."""
+
+    tensor: Tensor
+    group: dict[str, Any]
+    layout: Layout
+    name: str
+    momentum_dtype: torch.dtype | None  # None: without momentum
+    fused: bool | None
+    capturable: bool
+    master: bool  # the state holds the parameter in float32; the tensor itself only takes the rounded numbers
+    fault: str = ""  # why it cannot be stepped; every rank of its process groups learns of it before anything changes
+
+
+def member_of(
+    tensor: Tensor,
+    group: dict[str, Any],
+    layout: Layout,
+    originals: list[Original],
+    setting: Callable[[Original, dict[str, Any], str], Any],
+) -> Member:
+    """Args:
+    originals: the parameters of the pieces. setting: the value of a keyword for a parameter in a group.
+    """
+    name = ", ".join(o.name for o in originals[:3]) + (", …" if len(originals) > 3 else "")
+    compute = compute_dtype(tensor)
+    # One buffer for all pieces: the widest dtype that any of them asks for.
+    wanted = {
+        settings.momentum_dtype(setting(o, group, "momentum_dtype")) or compute
+        for o in originals
+        if setting(o, group, "momentum")
+    }
+    dtype = next(iter(wanted)) if len(wanted) == 1 else (compute if wanted else None)
+    if dtype is not None and compute == torch.float64:
+        dtype = torch.float64
+    low = tensor.dtype in (torch.bfloat16, torch.float16)
+    master = low and any(setting(o, group, "master_weights") for o in originals)
+    fault = layout.fault
+    rounded = tensor.dtype == torch.bfloat16 and not master
+    if layout.unnumbered and rounded and any(setting(o, group, "stochastic_rounding") for o in originals):
+        fault = (
+            f"torch does not know which elements of parameter {name!r} this rank holds, so that it cannot be rounded "
+            "stochastically. Cut it evenly, or set stochastic_rounding=False for it."
+        )
+    fused = False if group["foreach"] else group["fused"]
+    return Member(tensor, group, layout, name, dtype, fused, group["capturable"], master, fault)
+
+
+def state_shapes(
+    tensor: Tensor, layout: Layout, original: Original | None, kinds: dict[int, str]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of a tensor's float state: keepdim shapes of a whole parameter, else one vector for all pieces.
+
+    Args:
+        original: the parameter of the first piece. kinds: moments by key.
+    """
+    if len(layout.pieces) != 1 or original is None or original.shape != tuple(tensor.shape) or not original.numel:
+        return {key: (size,) for key, size in state_sizes(layout.pieces, kinds).items() if size}
+    kept = kept_dims(kinds[original.key], len(original.shape), original.row_dims)
+    return {key: tuple(n if i in dims else 1 for i, n in enumerate(original.shape)) for key, dims in kept.items()}
+
+
+def is_lost(state: State, tensor: Tensor) -> bool:
+    """Whether the state was made while the model was on the meta device, which it has left since."""
+    return not tensor.is_meta and any(isinstance(value, Tensor) and value.is_meta for value in state.values())
+
+
+def make_state(member: Member, state: State, original: Original | None, kinds: dict[int, str]) -> str:
+    """Makes or completes the state of a tensor, in place: float32, where the tensor is; of a DTensor, DTensors.
+
+    Returns:
+        What is wrong with the state that is there already, or nothing.
+    """
+    tensor, compute = member.tensor, compute_dtype(member.tensor)
+    shapes = state_shapes(tensor, member.layout, original, kinds)
+    kept: dict[str, range] = {}
+    if dtensor.is_dtensor(tensor) and original is not None:
+        kept = kept_dims(kinds[original.key], tensor.dim(), original.row_dims)
+
+    def zeros(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if not dtensor.is_dtensor(tensor):
+            return torch.zeros(shape, dtype=dtype, device=tensor.device)
+        dims = kept.get(key, range(tensor.dim()))
+        held = torch.zeros(dtensor.held_shape(tensor, dims), dtype=dtype, device=tensor.device)
+        return dtensor.like(tensor, held, dims)
+
+    if is_lost(state, tensor):
+        state.clear()
+    if foreign := [key for key in FLOAT_STATE if key in state and key not in shapes]:
+        return (
+            f"the state of {member.name!r} has {foreign[0]!r}, which its `moments` do not have. "
+            "Use the `moments` that the state was made with, or clear it."
+        )
+    fresh = not state
+    state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32)
+    if fresh:
+        for key, shape in shapes.items():
+            state[key] = zeros(key, shape, compute)
+    if member.capturable:
+        state["step"] = state["step"].to(tensor.device)
+    if member.master:
+        if "master" not in state:
+            state["master"] = zeros("master", tuple(tensor.shape), torch.float32)
+            dtensor.local_of(state["master"]).copy_(dtensor.local_of(tensor).detach())
+        shapes["master"] = tuple(tensor.shape)
+    if member.momentum_dtype is not None:
+        if "momentum" not in state:
+            state["momentum"] = zeros("momentum", tuple(tensor.shape), member.momentum_dtype)
+        shapes["momentum"] = tuple(tensor.shape)
+    for key, shape in shapes.items():
+        if key not in state or state[key].numel() != math.prod(shape):
+            return (
+                f"the state {key!r} of {member.name!r} has {state[key].numel() if key in state else 'no'} entries, "
+                f"expected {math.prod(shape)}. The checkpoint is of another model, another number of ranks or "
+                "other `moments`: use the ones it was written with."
+            )
+        if not dtensor.is_placed(state[key], tensor, kept.get(key, range(tensor.dim()))):
+            return (
+                f"the state {key!r} of {member.name!r} is not sharded as the parameter is. "
+                "Load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
+            )
+        dtype = member.momentum_dtype if key == "momentum" else compute
+        state[key] = state[key].to(tensor.device, dtype).contiguous()  # the model may have been moved since
+    return ""

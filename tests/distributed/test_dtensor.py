@@ -1,0 +1,248 @@
+"""FSDP2, HSDP and tensor parallel on 1 to 4 real ranks, against one process.
+
+Each number of ranks is one run of dtensor_worker.py over all its cases, since starting the ranks takes longest.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.harness import run_ranks
+
+WORKER = Path(__file__).with_name("dtensor_worker.py")
+AUTO = {"lr": 0.02, "beta": 0.95}
+PARAMS = {**AUTO, "sigma": 0.3}
+KINDS = ("row", "column", "factored", "scalar", "full")
+TOLERANCE = 1e-6  # fp32: max-norm, relative, after 20 steps
+LOW = 2e-2  # bf16 parameters or gradients
+
+
+def case(way: str, name: str, **more: Any) -> dict[str, Any]:
+    return {"name": f"{way}: {name}", "way": way, "steps": 20, "params": {**PARAMS, "momentum": 0.9}, **more}
+
+
+def kinds(*ways: str) -> list[dict[str, Any]]:
+    return [case(way, kind, params={**PARAMS, "moments": kind}) for way in ways for kind in KINDS]
+
+
+def options(way: str) -> list[dict[str, Any]]:
+    master = {**PARAMS, "master_weights": True}
+    cases = [
+        case(way, "momentum, accumulate, clip", accumulate=2, clip=None if "tp" in way else 0.3),
+        case(way, "auto", params=AUTO, groups=True),
+        case(way, "paper", params=AUTO, paper=True),
+        case(way, "plain torch", params={**PARAMS, "fused": False}),
+        case(way, "bf16", dtype="bf16", tolerance=LOW, steps=5),
+        case(way, "bf16 with masters", dtype="bf16", params=master, tolerance=LOW, steps=5),
+    ]
+    if way != "tp":
+        cases.append(case(way, "offload", offload=True, steps=5))
+        cases.append(case(way, "mixed precision", mixed=True, tolerance=LOW, steps=5))
+        cases.append(case(way, "compiled", compile=True, steps=5))
+    return [*cases, case(way, "meta device", meta=True, steps=5)] if way in ("fsdp", "hsdp") else cases
+
+
+TRAINING = {
+    1: [case("fsdp", "factored")],
+    2: [*kinds("fsdp", "tp"), *options("fsdp")],
+    3: [*kinds("fsdp")[2:], case("fsdp", "auto", params=AUTO, groups=True)],
+    4: [*kinds("hsdp", "fsdp tp"), case("fsdp", "factored"), *options("fsdp tp")[:3], *options("hsdp")[-1:]],
+}
+REFUSED = {2: [case("fsdp", "damaged", do="refuse")], 4: [case("hsdp", "damaged", do="refuse")]}
+DRY = [case(way, "untrained", do="dry", params={**PARAMS, "extra_l2": 0.1}) for way in ("fsdp", "tp", "none")]
+
+MORE = [
+    *(case(way, "again", do="again") for way in ("fsdp", "tp")),
+    case("fsdp", "lonely", do="lonely"),
+    case("fsdp", "early", do="early", params=AUTO),
+]
+
+# [shape, mesh, the dimension that each dimension of the mesh cuts, kind, row_dims]
+TENSORS: dict[int, list[list[Any]]] = {
+    2: [[shape, 0, cut, kind, 1] for cut in ([0], [1], [None]) for shape in ([5, 7], [1, 3]) for kind in KINDS],
+    3: [[shape, 0, cut, kind, 1] for cut in ([0], [1]) for shape in ([5, 7], [2, 2]) for kind in KINDS[:3]],
+    4: [
+        *([[5, 3], 0, cut, kind, 1] for cut in ([0, 1], [0, 0], [None, 1]) for kind in KINDS),
+        *([[1, 5], 0, cut, "factored", 1] for cut in ([0, 1], [1, 0], [1, 1])),
+        *([[6, 3], 1, [cut], "factored", 1] for cut in (0, 1)),
+        [[3, 4, 5], 0, [1, 2], "factored", 2],
+        [[3, 4, 5], 0, [0, 1], "column", 1],
+    ],
+}
+OTHER = [[[6], 0, [0], "scalar", 1], [[5], 0, [0], "full", 1], [[], 0, [None], "scalar", 1], [[3, 0], 0, [0], "row", 1]]
+STACKED = [[[3, 4, 5], 0, [dim], "factored", 2] for dim in range(3)]
+ROUNDED = [[[7, 5], 0, [0], kind, 1] for kind in KINDS] + [[[9, 4], 0, [1], kind, 1] for kind in KINDS[:3]]
+for ranks in (2, 3):
+    TENSORS[ranks] += OTHER + STACKED
+MESHES = {2: [[2]], 3: [[3]], 4: [[2, 2], [4]]}
+
+
+def synthetic(ranks: int) -> list[dict[str, Any]]:
+    base = {"do": "synthetic", "steps": 6, "meshes": MESHES[ranks], "params": {**PARAMS, "momentum": 0.9, "beta": 0.9}}
+    cases = [{**base, "name": "missing", "missing": True, "tensors": TENSORS[ranks]}]
+    if ranks == 2:
+        rounded = {**PARAMS, "stochastic_rounding": True, "seed": 3}
+        cases.append({**base, "name": "partial", "partial": True, "tensors": TENSORS[2]})
+        cases.append({**base, "name": "stochastic", "dtype": "bf16", "params": rounded, "tensors": ROUNDED})
+    return cases
+
+
+LOADS = {1: ("fsdp", "none"), 2: ("tp",), 3: ("fsdp",), 4: ("hsdp", "fsdp tp")}
+SAVED = {"factored": {**PARAMS, "momentum": 0.9}, "column": {**PARAMS, "moments": "column"}}
+
+
+@functools.cache
+def folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
+
+
+def checkpoints(ranks: int, do: str) -> list[dict[str, Any]]:
+    return [
+        case(way, f"{do} {name}", do=do, params=params, folder=f"{folder().name}/{name}")
+        for way in (("fsdp",) if do == "save" else LOADS[ranks])
+        for name, params in SAVED.items()
+    ]
+
+
+@functools.cache
+def results(ranks: int) -> list[dict[str, Any]]:
+    cases = [*TRAINING[ranks], *REFUSED.get(ranks, ()), *(synthetic(ranks) if ranks > 1 else ())]
+    if ranks == 2:
+        cases += [*checkpoints(2, "save"), *DRY, *MORE]
+    else:
+        results(2)  # has saved
+    cases += checkpoints(ranks, "load")
+    return [{each["name"]: each for each in rank} for rank in run_ranks(WORKER, ranks, cases, timeout=200)]
+
+
+def cases_of(table: dict[int, list[dict[str, Any]]]) -> list[Any]:
+    return [pytest.param(r, c, id=f"{r} ranks, {c['name']}") for r, cases in table.items() for c in cases]
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize(("ranks", "wanted"), cases_of(TRAINING))
+def test_equals_one_process(ranks: int, wanted: dict[str, Any]) -> None:
+    tolerance = wanted.get("tolerance", TOLERANCE)
+    for got in (rank[wanted["name"]] for rank in results(ranks)):
+        assert got["moved"] > 0.01  # it did train
+        assert got["worst"] <= tolerance, got["where"]
+        assert got["state"]["worst"] <= 2 * tolerance, got["state"]["where"]
+        assert got["odd"] == got["keys"] == []  # the same state, of the same shapes
+        assert got["steps"] == [0, wanted["steps"]]  # one parameter is never used
+        assert got["dtypes"] == ["torch.float32"]
+        assert len(got["calls"]) == wanted["steps"]
+
+
+def groups_of(name: str, dims: int, way: str) -> dict[str, tuple[int, ...]]:
+    """The dimensions of a parameter that each process group cuts: the plan of dtensor_model.shard, written anew."""
+    cut = {}
+    if way in ("fsdp", "hsdp", "fsdp tp"):
+        cut["dp"] = (0,)
+    if "tp" in way and name in ("embed.weight", "up.weight", "up.bias", "head.weight", "head.bias"):
+        cut["tp"] = (0,)
+    if "tp" in way and name == "down.weight":
+        cut["tp"] = (1,)
+    return cut
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize(
+    ("ranks", "wanted"), cases_of({r: [c for c in TRAINING[r] if "moments" in c["params"]] for r in (2, 3, 4)})
+)
+def test_one_all_reduce_for_each_process_group(ranks: int, wanted: dict[str, Any]) -> None:
+    """Numbers that travel: a flag for each cut parameter, and its sums where other ranks hold parts of them."""
+    kind, way = wanted["params"]["moments"], wanted["way"]
+    for rank, got in enumerate(results(ranks)):
+        expected = {"dp": 0, "tp": 0}
+        for name, shape in got[wanted["name"]]["shapes"].items():
+            cut = groups_of(name, len(shape), way)
+            row_dims = 2 if name == "experts" else 1
+            own = "scalar" if len(shape) < 2 and kind != "full" else kind
+            held = got[wanted["name"]]["held"][name]
+            rows, cols = 1, 1
+            for dim, size in enumerate(held):
+                rows, cols = (rows * size, cols) if dim < row_dims else (rows, cols * size)
+            split_rows = any(dim < row_dims for dims in cut.values() for dim in dims)
+            split_cols = any(dim >= row_dims for dims in cut.values() for dim in dims)
+            for group, dims in cut.items():
+                on_rows = any(dim < row_dims for dim in dims)
+                expected[group] += 1 + (own == "scalar")
+                if own in ("column", "factored") and on_rows:
+                    expected[group] += max(1, cols)
+                if own in ("row", "factored") and not on_rows:
+                    expected[group] += max(1, rows)
+                if own == "factored" and split_cols:  # the mean of all columns: what was, what is added
+                    expected[group] += 1 if on_rows else 2
+            assert split_rows or split_cols or not cut
+        calls = [count for count in expected.values() if count]
+        assert got[wanted["name"]]["calls"] == [calls] * wanted["steps"], rank
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize(
+    ("ranks", "name"), [(r, c["name"]) for r in MESHES for c in synthetic(r)], ids=lambda each: str(each)
+)
+def test_any_placements_and_missing_gradients(ranks: int, name: str) -> None:
+    for rank in results(ranks):
+        assert rank[name]["worst"] <= TOLERANCE, rank[name]["where"]
+        # One for each process group; before these, one of all gradients that are still sums.
+        groups = len(MESHES[ranks]) + (ranks == 4)
+        assert {len(calls) for calls in rank[name]["calls"]} == {groups + (name == "partial")}
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize(("ranks", "wanted"), cases_of({r: checkpoints(r, "load") for r in LOADS}))
+def test_checkpoint_of_two_ranks(ranks: int, wanted: dict[str, Any]) -> None:
+    """The state arrives to the bit, and 10 more steps are those of the layout that has saved it."""
+    for rank in results(ranks):
+        got = rank[wanted["name"]]
+        assert got["different"] == got["odd"] == got["keys"] == []
+        assert got["worst"] <= TOLERANCE, got["where"]
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize(("ranks", "wanted"), cases_of(REFUSED))
+def test_what_is_wrong_on_one_rank_is_an_error_on_every_rank(ranks: int, wanted: dict[str, Any]) -> None:
+    got = [rank[wanted["name"]] for rank in results(ranks)]
+    assert "the state 'decay' of 'up.weight'" in got[1]["text"]
+    for number, each in enumerate(got):
+        assert each["unchanged"]
+        assert number == 1 or each["text"] == f"rank 1 cannot take this step: {got[1]['text']}"
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize("wanted", DRY, ids=lambda c: c["name"])
+def test_asking_for_the_state_changes_nothing(wanted: dict[str, Any]) -> None:
+    for rank in results(2):
+        got = rank[wanted["name"]]
+        assert got["unchanged"]
+        assert (got["steps"], got["states"]) == ([0], 15)
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize("way", ["fsdp", "tp"])
+def test_state_through_files_and_the_first_rank(way: str) -> None:
+    for rank in results(2):
+        got = rank[f"{way}: again"]
+        assert got["different"] == []
+        assert "is not sharded as the parameter is. Load it with torch.distributed.checkpoint" in got["refused"]
+
+
+@pytest.mark.timeout(450)
+def test_a_gradient_on_one_rank_only() -> None:
+    """Nobody waits for ever, nothing else moves, and all ranks count the same."""
+    for rank in results(2):
+        got = rank["fsdp: lonely"]
+        assert got["moved"] == got["stepped"] == ["up.weight"]
+        assert [len(calls) for calls in got["calls"]] == [1, 1]
+
+
+@pytest.mark.timeout(450)
+def test_groups_made_before_sharding() -> None:
+    for rank in results(2):
+        assert rank["fsdp: early"]["wrong"] == []
