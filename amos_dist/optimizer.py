@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from . import amp, settings
 from . import rules as module_rules
-from . import settings
 from .loading import refuse_state_dict
 from .member import Member, is_lost, make_state, member_of
 from .originals import constants_of, describe, refuse_gradients
@@ -203,6 +203,7 @@ class Amos(Optimizer):
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         if not any(map(dtensor.is_dtensor, tensors)):
             return
+        self._step_supports_amp_scaling = True  # GradScaler then leaves skipping to us: see amp.py
         for member in self._members(map(self._is_stepped, tensors)):
             if not self.state.get(member.tensor) or is_lost(self.state[member.tensor], member.tensor):
                 self._complete(member)
@@ -249,7 +250,8 @@ class Amos(Optimizer):
             refuse_gradients(tensors, {id(original.param): original.name for original in self._originals})
         plan = self._plan(tensors)
         if not self._is_trial(plan):
-            plan.run(self.state, self._constants_of)
+            found_inf = amp.unscaled(self, grads)
+            plan.run(self.state, self._constants_of, found_inf)
         return loss
 
     def _check_group(self, group: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import amp
 from .launch import Call, ConstantsOf, Launch
 from .member import Member
 from .sharding import Block, Piece, Tile, disagreement
@@ -24,11 +25,18 @@ from .travel import COLUMNS, OLD, ROWS, Space, Travel
 class _Bucket:
     """Tensors on one device with one compute dtype: they share a workspace, and so an all-reduce."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, members: list[Member], kinds: dict[int, str]) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        members: list[Member],
+        kinds: dict[int, str],
+        everyone: tuple[Any, ...],
+    ) -> None:
         self.device, self.dtype, self.kinds = device, dtype, kinds
         self.launches: dict[Any, Launch] = {}
         self._shared, self._local = Space(), Space()
-        self.travel = Travel([member.layout for member in members], kinds, self._shared)
+        self.travel = Travel([member.layout for member in members], kinds, self._shared, everyone)
         for member in members:
             kind = (member.tensor.dtype, member.momentum_dtype, member.fused, member.capturable, member.master)
             if kind not in self.launches:
@@ -145,8 +153,11 @@ class Plan:
         together: dict[tuple[torch.device, torch.dtype], list[Member]] = {}
         for member in members:
             together.setdefault((member.tensor.device, compute_dtype(member.tensor)), []).append(member)
-        self.buckets = [_Bucket(device, dtype, some, kinds) for (device, dtype), some in together.items()]
-
+        layouts = [member.layout for member in members if member.layout.tile]
+        everyone = tuple(dict.fromkeys(group for layout in layouts for group in layout.groups))
+        self.buckets: list[_Bucket] = []
+        for (device, dtype), some in together.items():
+            self.buckets.append(_Bucket(device, dtype, some, kinds, () if self.buckets else everyone))
         self.launches = [launch for bucket in self.buckets for launch in bucket.launches.values()]
         self._seen: list[State] = []
 
@@ -167,11 +178,12 @@ class Plan:
         for launch in self.launches:
             launch.stale = True
 
-    def run(self, states: dict[Tensor, State], constants_of: ConstantsOf) -> None:
+    def run(self, states: dict[Tensor, State], constants_of: ConstantsOf, found_inf: Tensor | None = None) -> None:
         """Moves every tensor that has a gradient by one step, and its state with it.
 
         Args:
             constants_of: (key, group) -> the parameter's hyper-parameters.
+            found_inf: above 0: GradScaler has found a gradient that is not finite. No rank steps if it is on any.
 
         Raises:
             RuntimeError: on every rank, where any rank cannot take this step; nothing has changed then.
@@ -190,10 +202,16 @@ class Plan:
             for bucket in self.buckets
         }
         for bucket, some in calls.items():
-            bucket.travel.begin(bucket.shared_work, [place for call in some for place in call.absent()])
+            bucket.travel.begin(bucket.shared_work, [place for call in some for place in call.absent()], found_inf)
             for call in some:
                 call.sums()
         pending = [bucket.travel.reduce(bucket.shared_work) for bucket in self.buckets]
+        if found_inf is not None:
+            for each in pending:
+                each.wait()
+            pending.clear()
+            if self._is_infinite(found_inf):
+                return
         for call in itertools.chain(*calls.values()):  # while the sums travel
             call.step()
         for each in pending:
@@ -202,6 +220,15 @@ class Plan:
             call.join()
             call.slots_and_update()
             call.count()
+
+    def _is_infinite(self, found_inf: Tensor) -> bool:
+        """Whether any rank has found a gradient that is not finite."""
+        here = bool(found_inf > 0)
+        places = ((bucket.shared_work, bucket.travel.infinite) for bucket in self.buckets)
+        anywhere = here or any(place is not None and bool(work[0, place] > 0) for work, place in places)
+        if anywhere and not here:
+            amp.tell_scaler()
+        return anywhere
 
     def _agree(self) -> None:
         """Once: all ranks of the process groups can take this step, and reduce the same numbers.

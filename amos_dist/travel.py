@@ -36,6 +36,7 @@ COLUMNS = "sums of squares of all columns that the tensor has state for"
 FLAG = "on how many ranks the parameter has a gradient"
 OLD = "the sum of all column moments"
 SQUARES = "the sum of all squares"
+INFINITE = "on how many ranks GradScaler has found a gradient that is not finite"
 Name = tuple[str, int, int]
 
 
@@ -87,12 +88,20 @@ class Travel:
     Attributes:
         size: of that part. places: where each entry begins in it.
         ranges: what each process group adds up, in the order in which all ranks do.
+
+    Args:
+        everyone: the process groups that learn of an infinite gradient here; none: it is not asked here.
     """
 
-    def __init__(self, layouts: list[Layout], kinds: dict[int, str], space: Space) -> None:
+    def __init__(
+        self, layouts: list[Layout], kinds: dict[int, str], space: Space, everyone: tuple[Any, ...] = ()
+    ) -> None:
         sections: dict[tuple[Any, ...], list[Entry]] = {}
-        for entry in (entry for layout in layouts for entry in entries(layout, kinds)):
-            sections.setdefault(entry.groups, []).append(entry)
+        for layout in layouts:
+            for entry in entries(layout, kinds):
+                sections.setdefault(entry.groups, []).append(entry)
+        if everyone:
+            sections.setdefault(everyone, []).append(Entry((INFINITE, 0, 0), 1, everyone))
         self.places: dict[Name, int] = {}
         found: dict[Any, list[tuple[int, int]]] = {group: [] for groups in sections for group in groups}
         for groups in [*neighbours([groups for groups in sections if groups]), ()]:
@@ -109,11 +118,16 @@ class Travel:
         """How many numbers that process group adds up."""
         return sum(end - begin for begin, end in self.ranges.get(group, ()))
 
+    @property
+    def infinite(self) -> int | None:
+        """The place where ranks count who has found an infinite gradient; None: in another bucket, or nowhere."""
+        return self.places.get((INFINITE, 0, 0))
+
     def flag(self, key: int) -> int | None:
         """The place where ranks count who has a gradient for a parameter; None: every rank decides for itself."""
         return self.places.get((FLAG, key, 0))
 
-    def begin(self, work: Tensor, absent: list[int]) -> None:
+    def begin(self, work: Tensor, absent: list[int], found_inf: Tensor | None) -> None:
         """Zeros, and this rank's flags; absent: those of parameters without a gradient."""
         if not self.size:
             return
@@ -123,6 +137,8 @@ class Travel:
         work[0, : self.size] = self._start
         if absent:
             work[0, absent] = 0
+        if found_inf is not None and self.infinite is not None:
+            work[0, self.infinite] = found_inf
 
     def reduce(self, work: Tensor) -> Reduction:
         return Reduction(work[0], self.ranges)

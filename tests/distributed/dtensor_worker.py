@@ -101,12 +101,16 @@ class Trainer:
     def step(self, number: int) -> None:
         pieces = self.case.get("accumulate", 1)
         for piece in batch(number).chunk(pieces):
-            (self.forward(piece.chunk(self.parts)[self.part]) / pieces).backward()
+            (self.loss(piece) / pieces).backward()
         if clip := self.case.get("clip"):
             nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         with counted(self.calls):
             self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def loss(self, piece: torch.Tensor) -> torch.Tensor:
+        """Of this rank's part of the batch."""
+        return self.forward(piece.chunk(self.parts)[self.part])
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return {name: whole(param).float() for name, param in self.model.named_parameters()}
@@ -315,6 +319,32 @@ def lonely(case: dict[str, Any]) -> dict[str, Any]:
     return {"moved": moved, "stepped": [name for name, count in steps.items() if count], "calls": trainer.calls}
 
 
+def scaled(case: dict[str, Any]) -> dict[str, Any]:
+    """GradScaler, and gradients that are infinite in one step, on one rank, in what is cut in one way only."""
+    sharded, alone = Trainer(case, case["way"]), Trainer(case, "none")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scales, moved = [], []
+    for step in range(case["steps"]):
+        before = sharded.parameters()
+        scaler.scale(sharded.loss(batch(step))).backward()
+        if step == 1 and dist.get_rank() == 1:
+            sharded.model.down.weight.grad.to_local()[-1, -1] = float("inf")
+        if case.get("unscale"):
+            scaler.unscale_(sharded.optimizer)
+        with counted(sharded.calls):
+            scaler.step(sharded.optimizer)
+        scaler.update()
+        sharded.optimizer.zero_grad()
+        moved.append(any(not torch.equal(value, before[name]) for name, value in sharded.parameters().items()))
+        scales.append(scaler.get_scale())
+        if step != 1:
+            alone.step(step)
+    got, expected = sharded.parameters(), alone.parameters()
+    worst = worst_of({name: relative(got[name], expected[name]) for name in expected})
+    steps = sorted({int(state["step"]) for state in sharded.optimizer.state.values()})
+    return {**worst, "moved": moved, "scales": scales, "steps": steps, "calls": sharded.calls}
+
+
 def early(case: dict[str, Any]) -> dict[str, Any]:
     """Groups that were made before the model was sharded follow its parameters."""
     model = make_model()
@@ -329,7 +359,7 @@ def early(case: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    do = {each.__name__: each for each in (train, synthetic, save, load, refuse, dry, again, lonely, early)}
+    do = {each.__name__: each for each in (train, synthetic, save, load, refuse, dry, again, lonely, scaled, early)}
     results = []
     for one in received():
         if dist.get_rank() == 0:

@@ -62,6 +62,11 @@ MORE = [
     case("fsdp", "early", do="early", params=AUTO),
 ]
 
+SCALED = {
+    2: [case("fsdp", "scaled", do="scaled", steps=4)],
+    4: [case("fsdp tp", name, do="scaled", steps=4, unscale=name != "scaled") for name in ("scaled", "unscaled")],
+}
+
 # [shape, mesh, the dimension that each dimension of the mesh cuts, kind, row_dims]
 TENSORS: dict[int, list[list[Any]]] = {
     2: [[shape, 0, cut, kind, 1] for cut in ([0], [1], [None]) for shape in ([5, 7], [1, 3]) for kind in KINDS],
@@ -111,7 +116,12 @@ def checkpoints(ranks: int, do: str) -> list[dict[str, Any]]:
 
 @functools.cache
 def results(ranks: int) -> list[dict[str, Any]]:
-    cases = [*TRAINING[ranks], *REFUSED.get(ranks, ()), *(synthetic(ranks) if ranks > 1 else ())]
+    cases = [
+        *TRAINING[ranks],
+        *REFUSED.get(ranks, ()),
+        *SCALED.get(ranks, ()),
+        *(synthetic(ranks) if ranks > 1 else ()),
+    ]
     if ranks == 2:
         cases += [*checkpoints(2, "save"), *DRY, *MORE]
     else:
@@ -179,7 +189,7 @@ def test_one_all_reduce_for_each_process_group(ranks: int, wanted: dict[str, Any
                 if own == "factored" and split_cols:  # the mean of all columns: what was, what is added
                     expected[group] += 1 if on_rows else 2
             assert split_rows or split_cols or not cut
-        calls = [count for count in expected.values() if count]
+        calls = [count + 1 for count in expected.values() if count]  # GradScaler's infinities
         assert got[wanted["name"]]["calls"] == [calls] * wanted["steps"], rank
 
 
@@ -231,6 +241,19 @@ def test_state_through_files_and_the_first_rank(way: str) -> None:
         got = rank[f"{way}: again"]
         assert got["different"] == []
         assert "is not sharded as the parameter is. Load it with torch.distributed.checkpoint" in got["refused"]
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize(("ranks", "wanted"), cases_of(SCALED))
+def test_all_ranks_skip_a_step_or_none_does(ranks: int, wanted: dict[str, Any]) -> None:
+    """GradScaler's infinity on one rank: nothing moves in that step, and every rank has the same scale after it."""
+    for rank in results(ranks):
+        got = rank[wanted["name"]]
+        assert got["moved"] == [True, False, True, True]
+        assert got["scales"] == [1024.0, 512.0, 512.0, 512.0]
+        assert got["steps"] == [0, 3]
+        assert got["worst"] <= TOLERANCE, got["where"]
+        assert {len(calls) for calls in got["calls"]} == {2 if ranks == 4 else 1}
 
 
 @pytest.mark.timeout(450)
