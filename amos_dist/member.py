@@ -53,15 +53,8 @@ def member_of(
         dtype = torch.float64
     low = tensor.dtype in (torch.bfloat16, torch.float16)
     master = low and any(setting(o, group, "master_weights") for o in originals)
-    fault = layout.fault
-    rounded = tensor.dtype == torch.bfloat16 and not master
-    if layout.unnumbered and rounded and any(setting(o, group, "stochastic_rounding") for o in originals):
-        fault = (
-            f"torch does not know which elements of parameter {name!r} this rank holds, so that it cannot be rounded "
-            "stochastically. Cut it evenly, or set stochastic_rounding=False for it."
-        )
     fused = False if group["foreach"] else group["fused"]
-    return Member(tensor, group, layout, name, dtype, fused, group["capturable"], master, fault)
+    return Member(tensor, group, layout, name, dtype, fused, group["capturable"], master, layout.fault)
 
 
 def state_shapes(

@@ -111,7 +111,7 @@ def find(param: Any, original: Original) -> Layout:
     """The layout of a parameter that is a DTensor."""
     held, row_dims = local_of(param).shape, original.row_dims
     rows, columns = range(row_dims), range(row_dims, param.dim())
-    start, unnumbered = _first_element(param)
+    start, fault = _first_element(param, original.name)
     some = (math.prod(held[:row_dims]), math.prod(held[row_dims:])) if original.numel else (0, 0)
     return Layout(
         [Tile(original.key, original.rows, original.cols, *some, start)],
@@ -119,12 +119,12 @@ def find(param: Any, original: Original) -> Layout:
         groups_over(param, (*range(param.dim()), None)),
         row_groups=groups_over(param, columns),
         column_groups=groups_over(param, rows),
-        unnumbered=unnumbered,
+        fault=fault,
     )
 
 
-def _first_element(param: Any) -> tuple[int, bool]:
-    """The number of the first element held here, row-major, and whether torch contradicts itself about it.
+def _first_element(param: Any, name: str) -> tuple[int, str]:
+    """The number of the first element held here, row-major, and whether torch contradicts itself about what is held.
 
     From there on a tile counts as if its rows, and its columns, followed each other in the parameter. They do where
     the first dimension of the rows, and of the columns, is cut; in other cuts some numbers occur twice: no harm.
@@ -132,10 +132,15 @@ def _first_element(param: Any) -> tuple[int, bool]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    if tuple(shape) != tuple(local_of(param).shape):
-        return 0, True
+    held = tuple(local_of(param).shape)
+    if tuple(shape) != held:  # some uneven cuts over two dimensions of a mesh
+        return 0, (
+            f"torch takes this rank's part of parameter {name!r}, of shape {tuple(param.shape)}, for one of shape "
+            f"{tuple(shape)}, but it is {held}: it could not be saved. Make the dimension that is cut a multiple of "
+            f"{param.device_mesh.size()}."
+        )
     strides = (math.prod(param.shape[dim + 1 :]) for dim in range(param.dim()))
-    return sum(offset * stride for offset, stride in zip(offsets, strides, strict=True)), False
+    return sum(offset * stride for offset, stride in zip(offsets, strides, strict=True)), ""
 
 
 def like(param: Any, local: Tensor, kept: Container[int]) -> Any:

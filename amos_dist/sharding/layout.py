@@ -30,7 +30,6 @@ class Layout:
     fellows: those whose ranks must step together, or not at all: `groups`, and where they are replicas of each other.
     row_groups, column_groups: of a tile: those of `groups` over which the sums of its rows, of its columns are added.
     fault: why the layout cannot be trusted, "" if it can. Every rank learns of it before the first step.
-    unnumbered: of a tile: nobody knows the numbers of its elements, which stochastic rounding needs.
     clone: the tensor is a framework's copy of a whole parameter, which is stepped once with zeros at start.
     """
 
@@ -41,7 +40,6 @@ class Layout:
     row_groups: tuple[Any, ...] = ()
     column_groups: tuple[Any, ...] = ()
     fault: str = ""
-    unnumbered: bool = False
     clone: bool = False
 
     @property

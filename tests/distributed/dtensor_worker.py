@@ -18,7 +18,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -100,7 +105,7 @@ class Trainer:
 
     def step(self, number: int) -> None:
         pieces = self.case.get("accumulate", 1)
-        for piece in batch(number).chunk(pieces):
+        for piece in batch(number, length=self.case.get("length", 9)).chunk(pieces):
             (self.loss(piece) / pieces).backward()
         if clip := self.case.get("clip"):
             nn.utils.clip_grad_norm_(self.model.parameters(), clip)
@@ -199,13 +204,21 @@ def synthetic(case: dict[str, Any]) -> dict[str, Any]:
     return {**worst_of(differences), "calls": calls}
 
 
+def options_of(case: dict[str, Any]) -> StateDictOptions:
+    return StateDictOptions(flatten_optimizer_state_dict=case.get("flatten", False))
+
+
+def optimizer_state(trainer: Trainer) -> dict[str, Any]:
+    return get_optimizer_state_dict(trainer.model, trainer.optimizer, options=options_of(trainer.case))
+
+
 def save(case: dict[str, Any]) -> dict[str, Any]:
     """Trains, saves, and goes on: what the other layouts must do after loading."""
     trainer = Trainer(case, case["way"])
     for step in range(5):
         trainer.step(step)
     folder = Path(case["folder"])
-    model, state = trainer.model.state_dict(), get_optimizer_state_dict(trainer.model, trainer.optimizer)
+    model, state = trainer.model.state_dict(), optimizer_state(trainer)
     dcp.save({"model": model, "optimizer": state}, checkpoint_id=folder / "checkpoint")
     expected = {"states": trainer.states(), "before": trainer.parameters()}
     for step in range(5, 15):
@@ -219,20 +232,22 @@ def save(case: dict[str, Any]) -> dict[str, Any]:
 def load(case: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(case, case["way"])
     folder = Path(case["folder"])
-    model, state = trainer.model.state_dict(), get_optimizer_state_dict(trainer.model, trainer.optimizer)
+    model, state = trainer.model.state_dict(), optimizer_state(trainer)
     dcp.load({"model": model, "optimizer": state}, checkpoint_id=folder / "checkpoint")
     trainer.model.load_state_dict(model)
-    set_optimizer_state_dict(trainer.model, trainer.optimizer, state)
+    set_optimizer_state_dict(trainer.model, trainer.optimizer, state, options=options_of(case))
     expected = torch.load(folder / "expected.pt")
     states, parameters = trainer.states(), trainer.parameters()
     different = [key for key, value in expected["states"].items() if not torch.equal(states[key], value)]
     different += [key for key, value in expected["before"].items() if not torch.equal(parameters[key], value)]
     odd = [key for key in states if states[key].dtype != expected["states"][key].dtype]
+    dtypes = sorted({str(value.dtype) for value in states.values()})
     for step in range(5, 15):
         trainer.step(step)
     after = trainer.parameters()
     return {
         "different": different,
+        "dtypes": dtypes,
         "odd": odd,
         "keys": sorted(set(states) ^ set(expected["states"])),
         **worst_of({name: relative(after[name], value) for name, value in expected["after"].items()}),
@@ -303,6 +318,22 @@ def numbered(states: dict[str, Any]) -> dict[int, Any]:
     return dict(enumerate(states.values()))
 
 
+def follow(case: dict[str, Any]) -> dict[str, Any]:
+    """Weights that are loaded after some steps reach the masters."""
+    trainer = Trainer(case, case["way"])
+    for step in range(2):
+        trainer.step(step)
+    moved = trainer.parameters()
+    start = {name: param.detach() for name, param in make_model(DTYPES[case["dtype"]]).named_parameters()}
+    set_model_state_dict(trainer.model, dict(start), options=StateDictOptions(full_state_dict=True))
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 1e-9
+    trainer.step(2)
+    masters = {name: value for name, value in trainer.states().items() if name.endswith(" master")}
+    left = {name: relative(value, start[name.removesuffix(" master")]) for name, value in masters.items()}
+    return {**worst_of(left), "masters": len(masters), "moved": relative(moved["up.weight"], start["up.weight"])}
+
+
 def lonely(case: dict[str, Any]) -> dict[str, Any]:
     """Steps for which no rank, and for which only the first rank has a gradient."""
     trainer = Trainer(case, case["way"])
@@ -359,7 +390,10 @@ def early(case: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    do = {each.__name__: each for each in (train, synthetic, save, load, refuse, dry, again, lonely, scaled, early)}
+    do = {
+        each.__name__: each
+        for each in (train, synthetic, save, load, refuse, dry, again, follow, lonely, scaled, early)
+    }
     results = []
     for one in received():
         if dist.get_rank() == 0:

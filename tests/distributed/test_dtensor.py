@@ -49,9 +49,15 @@ def options(way: str) -> list[dict[str, Any]]:
 
 TRAINING = {
     1: [case("fsdp", "factored")],
-    2: [*kinds("fsdp", "tp"), *options("fsdp")],
+    2: [*kinds("fsdp", "tp"), *options("fsdp"), case("sp", "momentum", length=8)],
     3: [*kinds("fsdp")[2:], case("fsdp", "auto", params=AUTO, groups=True)],
-    4: [*kinds("hsdp", "fsdp tp"), case("fsdp", "factored"), *options("fsdp tp")[:3], *options("hsdp")[-1:]],
+    4: [
+        *kinds("hsdp", "fsdp tp"),
+        case("fsdp", "factored"),
+        *options("fsdp tp")[:3],
+        *options("hsdp")[-1:],
+        case("fsdp sp", "momentum", length=8),
+    ],
 }
 REFUSED = {2: [case("fsdp", "damaged", do="refuse")], 4: [case("hsdp", "damaged", do="refuse")]}
 DRY = [case(way, "untrained", do="dry", params={**PARAMS, "extra_l2": 0.1}) for way in ("fsdp", "tp", "none")]
@@ -59,6 +65,7 @@ DRY = [case(way, "untrained", do="dry", params={**PARAMS, "extra_l2": 0.1}) for 
 MORE = [
     *(case(way, "again", do="again") for way in ("fsdp", "tp")),
     case("fsdp", "lonely", do="lonely"),
+    case("fsdp", "follow", do="follow", dtype="bf16", params={**PARAMS, "master_weights": True}),
     case("fsdp", "early", do="early", params=AUTO),
 ]
 
@@ -98,7 +105,17 @@ def synthetic(ranks: int) -> list[dict[str, Any]]:
 
 
 LOADS = {1: ("fsdp", "none"), 2: ("tp",), 3: ("fsdp",), 4: ("hsdp", "fsdp tp")}
-SAVED = {"factored": {**PARAMS, "momentum": 0.9}, "column": {**PARAMS, "moments": "column"}}
+SAVED: dict[str, dict[str, Any]] = {
+    "factored": {},
+    "column, flattened": {"params": {**PARAMS, "moments": "column"}, "flatten": True},
+    "bf16": {"dtype": "bf16", "tolerance": LOW},
+    "bf16 with masters, flattened": {
+        "params": {**PARAMS, "master_weights": True},
+        "dtype": "bf16",
+        "flatten": True,
+        "tolerance": LOW,
+    },
+}
 
 
 @functools.cache
@@ -108,9 +125,9 @@ def folder() -> tempfile.TemporaryDirectory[str]:
 
 def checkpoints(ranks: int, do: str) -> list[dict[str, Any]]:
     return [
-        case(way, f"{do} {name}", do=do, params=params, folder=f"{folder().name}/{name}")
+        case(way, f"{do} {name}", do=do, folder=f"{folder().name}/{name}", **more)
         for way in (("fsdp",) if do == "save" else LOADS[ranks])
-        for name, params in SAVED.items()
+        for name, more in SAVED.items()
     ]
 
 
@@ -212,7 +229,8 @@ def test_checkpoint_of_two_ranks(ranks: int, wanted: dict[str, Any]) -> None:
     for rank in results(ranks):
         got = rank[wanted["name"]]
         assert got["different"] == got["odd"] == got["keys"] == []
-        assert got["worst"] <= TOLERANCE, got["where"]
+        assert got["dtypes"] == ["torch.float32"]  # also of bf16 parameters
+        assert got["worst"] <= wanted.get("tolerance", TOLERANCE), got["where"]
 
 
 @pytest.mark.timeout(450)
@@ -263,6 +281,15 @@ def test_a_gradient_on_one_rank_only() -> None:
         got = rank["fsdp: lonely"]
         assert got["moved"] == got["stepped"] == ["up.weight"]
         assert [len(calls) for calls in got["calls"]] == [1, 1]
+
+
+@pytest.mark.timeout(450)
+def test_masters_follow_loaded_weights() -> None:
+    for rank in results(2):
+        got = rank["fsdp: follow"]
+        assert got["moved"] > 1e-2
+        assert got["masters"] == 15
+        assert got["worst"] < 2**-8, got["where"]  # a master that rounds to the weight is kept
 
 
 @pytest.mark.timeout(450)
