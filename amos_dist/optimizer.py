@@ -17,7 +17,7 @@ from . import amp, settings
 from . import rules as module_rules
 from .loading import refuse_state_dict
 from .member import Member, is_lost, make_state, member_of
-from .originals import constants_of, describe, refuse_gradients
+from .originals import constants_of, describe, facts_of, refuse_gradients
 from .plan import Plan
 from .sharding import Layout, Original, dtensor, layout_of
 from .sharding.zero import original_shape
@@ -249,6 +249,8 @@ class Amos(Optimizer):
         if not strided or any(dtype.is_complex for dtype in {grad.dtype for grad in grads}):
             refuse_gradients(tensors, {id(original.param): original.name for original in self._originals})
         plan = self._plan(tensors)
+        if not plan.agreed:
+            plan.agree(facts_of(self._originals, self._kinds, self._overrides, self.param_groups))
         if not self._is_trial(plan):
             found_inf = amp.unscaled(self, grads)
             plan.run(self.state, self._constants_of, found_inf)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import settings
+from .ops import build_info
 from .reference import effective_moments
 from .rules import Advice, settings_from
 from .sharding import Original, refuse_unknown
@@ -112,6 +113,31 @@ def constants_of(
             float(seed_of_parameter(setting("seed"), original.key)) if setting("stochastic_rounding") else -1.0,
         ],
     )
+
+
+def facts_of(
+    originals: list[Original],
+    kinds: dict[int, str],
+    overrides: dict[int, dict[str, Any]],
+    groups: list[dict[str, Any]],
+) -> list[str]:
+    """What must be the same on all ranks: versions, hyper-parameters and parameters, a line for each.
+
+    Args:
+        kinds, overrides: moments, and keywords that rules have set, by key.
+    """
+    info = build_info()
+    facts = [f"amos_dist {info['version']}", f"torch {info['torch']}", f"extension={info['extension']}"]
+    for group in groups:
+        for key in settings.KEYWORDS:
+            value = float(group[key]) if isinstance(group[key], Tensor) else group[key]
+            facts.append(f"{key}={value!r} in parameter group {group['amos_group']}")
+        for original in (o for o in originals if o.group == group["amos_group"]):
+            facts.append(f"parameter {original.name!r} of shape {original.shape} with {kinds[original.key]} moments")
+            facts += [f"{key}={value!r} for {original.name!r}" for key, value in overrides[original.key].items()]
+            if (scale := group["measured_sigma"][original.place]) is not None:
+                facts.append(f"sigma={scale!r} measured for {original.name!r}")
+    return facts
 
 
 def refuse_gradients(tensors: list[Tensor], names: dict[int, str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -178,18 +179,34 @@ class Plan:
         for launch in self.launches:
             launch.stale = True
 
+    def agree(self, facts: Sequence[str]) -> None:
+        """Once: all ranks of the process groups can take this step, and reduce the same numbers.
+
+        A fault goes from group to group, so that it is known also where no group is shared with the rank that has it.
+
+        Args:
+            facts: what must be the same on all ranks.
+
+        Raises:
+            RuntimeError: on every rank, where any rank cannot take this step, or ranks differ.
+        """
+        if self.agreed:
+            return
+        fault = next((member.fault for member in self.members if member.fault), "")
+        for group in dict.fromkeys(group for member in self.members for group in member.layout.fellows):
+            size = sum(bucket.travel.numbers_of(group) for bucket in self.buckets)
+            fault = disagreement(group, fault, [*facts, f"{size} numbers to be added up over ranks"])
+        if fault:
+            raise RuntimeError(fault)
+        self.agreed = True
+
     def run(self, states: dict[Tensor, State], constants_of: ConstantsOf, found_inf: Tensor | None = None) -> None:
         """Moves every tensor that has a gradient by one step, and its state with it.
 
         Args:
             constants_of: (key, group) -> the parameter's hyper-parameters.
             found_inf: above 0: GradScaler has found a gradient that is not finite. No rank steps if it is on any.
-
-        Raises:
-            RuntimeError: on every rank, where any rank cannot take this step; nothing has changed then.
         """
-        if not self.agreed:
-            self._agree()
         for launch in self.launches:
             if launch.stale:
                 launch.fill_numbers(constants_of)
@@ -229,16 +246,3 @@ class Plan:
         if anywhere and not here:
             amp.tell_scaler()
         return anywhere
-
-    def _agree(self) -> None:
-        """Once: all ranks of the process groups can take this step, and reduce the same numbers.
-
-        A fault goes from group to group, so that it is known also where no group is shared with the rank that has it.
-        """
-        fault = next((member.fault for member in self.members if member.fault), "")
-        for group in dict.fromkeys(group for member in self.members for group in member.layout.fellows):
-            size = sum(bucket.travel.numbers_of(group) for bucket in self.buckets)
-            fault = disagreement(group, fault, size)
-        if fault:
-            raise RuntimeError(fault)
-        self.agreed = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,23 +13,39 @@ import torch.distributed as dist
 Range = tuple[int, int]
 
 
-def disagreement(group: Any, fault: str, size: int) -> str:
+def disagreement(group: Any, fault: str, facts: Sequence[str]) -> str:
     """What keeps the ranks of `group` from stepping together; "" if nothing. Every rank of it must call this.
 
     Args:
-        fault: what is wrong on this rank, if anything. size: how many numbers it would reduce.
+        fault: what is wrong on this rank, if anything. facts: what must be the same on all ranks, in the same order.
     """
+    digest = hashlib.sha256("\n".join(facts).encode()).digest()  # thousands of ranks need not send each other it all
+    found = _of_all_ranks((dist.get_rank(), fault, digest), group)
+    if not fault:
+        for rank, other, _ in found:
+            if other:  # told by a rank, which may have been told itself
+                fault = other if other.startswith("rank ") else f"rank {rank} cannot take this step: {other}"
+                break
+    if len({digest for _, _, digest in found}) > 1:
+        fault = fault or _difference(_of_all_ranks((dist.get_rank(), list(facts)), group), facts)
+    return fault
+
+
+def _of_all_ranks(mine: Any, group: Any) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, (dist.get_rank(), fault, size), group=group)
-    if fault:
-        return fault
-    for rank, other, _ in found:
-        if other:  # told by a rank, which may have been told itself
-            return other if other.startswith("rank ") else f"rank {rank} cannot take this step: {other}"
-    for rank, _, other in found:
-        if other != size:
+    dist.all_gather_object(found, mine, group=group)
+    return found
+
+
+def _difference(found: list[tuple[int, list[str]]], facts: Sequence[str]) -> str:
+    for rank, theirs in found:
+        if theirs != facts:
+            there = next((fact for fact in theirs if fact not in set(facts)), "no such thing")
+            here = next((fact for fact in facts if fact not in set(theirs)), "no such thing")
+            if there == here:
+                there, here = "the same parameters and settings", "them in another order"
             return (
-                f"rank {rank} would reduce {other} numbers, this rank {size}: they train different models or settings. "
+                f"rank {rank} has {there} where this rank has {here}. "
                 "Start all ranks with the same script, configuration and version."
             )
     return ""

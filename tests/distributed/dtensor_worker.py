@@ -271,6 +271,22 @@ def refuse(case: dict[str, Any]) -> dict[str, Any]:
     return {"text": text, "unchanged": same}
 
 
+def differ(case: dict[str, Any]) -> dict[str, Any]:
+    """The last rank was started with something else: what each rank says of it."""
+    mine = {**case, **(case["other"] if dist.get_rank() == dist.get_world_size() - 1 else {})}
+    if version := mine.get("version"):
+        amos_dist.ops.__version__ = version
+    trainer = Trainer(mine, case["way"])
+    before, text = trainer.parameters(), ""
+    try:
+        trainer.step(0)
+    except RuntimeError as error:
+        text = str(error)
+    amos_dist.ops.__version__ = amos_dist.__version__
+    same = all(torch.equal(value, before[name]) for name, value in trainer.parameters().items())
+    return {"text": text, "unchanged": same}
+
+
 def dry(case: dict[str, Any]) -> dict[str, Any]:
     """Asking for the state before the first step changes nothing."""
     trainer = Trainer(case, case["way"])
@@ -392,7 +408,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     do = {
         each.__name__: each
-        for each in (train, synthetic, save, load, refuse, dry, again, follow, lonely, scaled, early)
+        for each in (train, synthetic, save, load, refuse, differ, dry, again, follow, lonely, scaled, early)
     }
     results = []
     for one in received():

@@ -60,6 +60,16 @@ TRAINING = {
     ],
 }
 REFUSED = {2: [case("fsdp", "damaged", do="refuse")], 4: [case("hsdp", "damaged", do="refuse")]}
+OTHER_SETTINGS = {
+    "another beta": ({"params": {**PARAMS, "beta": 0.9}}, "beta=0.95 in parameter group 0", "beta=0.9 in parameter"),
+    "another version": ({"version": "0.0.9"}, "amos_dist 0.1.0", "amos_dist 0.0.9"),
+    "another rule": (
+        {"params": {**PARAMS, "rules": [{"match": "experts", "row_dims": 2, "sigma": 0.2}]}},
+        "no such thing",
+        "sigma=0.2 for 'experts'",
+    ),
+}
+DIFFER = [case("fsdp", name, do="differ", other=other, params=PARAMS) for name, (other, _, _) in OTHER_SETTINGS.items()]
 DRY = [case(way, "untrained", do="dry", params={**PARAMS, "extra_l2": 0.1}) for way in ("fsdp", "tp", "none")]
 
 MORE = [
@@ -140,7 +150,7 @@ def results(ranks: int) -> list[dict[str, Any]]:
         *(synthetic(ranks) if ranks > 1 else ()),
     ]
     if ranks == 2:
-        cases += [*checkpoints(2, "save"), *DRY, *MORE]
+        cases += [*checkpoints(2, "save"), *DIFFER, *DRY, *MORE]
     else:
         results(2)  # has saved
     cases += checkpoints(ranks, "load")
@@ -241,6 +251,18 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_every_rank(ranks: int, wanted:
     for number, each in enumerate(got):
         assert each["unchanged"]
         assert number == 1 or each["text"] == f"rank 1 cannot take this step: {got[1]['text']}"
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
+def test_ranks_that_were_started_differently(name: str) -> None:
+    """The first step names the difference, on every rank, and changes nothing."""
+    _, first, last = OTHER_SETTINGS[name]
+    for rank, got in enumerate(each[f"fsdp: {name}"] for each in results(2)):
+        here, there = (first, last) if rank == 0 else (last, first)
+        assert f"rank {1 - rank} has {there}" in got["text"]
+        assert f"where this rank has {here}" in got["text"]
+        assert got["unchanged"]
 
 
 @pytest.mark.timeout(450)

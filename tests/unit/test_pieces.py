@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from amos_dist import plan
 from amos_dist.member import Member
 from amos_dist.plan import Plan
 from amos_dist.reference import amos_step
@@ -145,7 +144,6 @@ def shard(rank: int, ranks: Ranks, kinds: list[str], flat: torch.Tensor) -> tupl
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_simulated_ranks(size: int, kind: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reduce, "Pending", FakePending)
-    monkeypatch.setattr(plan, "disagreement", lambda group, fault, size: fault)
     kinds = [kind if kind != "mixed" else KINDS[i % len(KINDS)] for i in range(len(SHAPES))]
     params = [randn(i, *shape, dtype=torch.float64) for i, shape in enumerate(SHAPES)]
     grads = [[randn(100 * t + i, *shape, dtype=torch.float64) for i, shape in enumerate(SHAPES)] for t in range(3)]
