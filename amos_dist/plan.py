@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import amp
-from .launch import Call, ConstantsOf, Launch
+from .kernel_calls import Call, ConstantsOf, Launch
 from .member import Member
 from .sharding import Block, Piece, Tile, disagreement
 from .state import State, compute_dtype, has_columns, has_rows, state_sizes

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from amos_dist import Amos, launch
+from amos_dist import Amos, kernel_calls
 
 from .compare import gradients, parameters, randn
 
@@ -55,7 +55,7 @@ def test_an_error_while_binding_is_no_end(monkeypatch: pytest.MonkeyPatch) -> No
     optimizer, expected = Amos(params, **KEYWORDS), [param.detach().clone() for param in params]
     for param in params:
         param.grad = torch.ones_like(param)
-    bind, calls = launch.Launch.bind, []
+    bind, calls = kernel_calls.Launch.bind, []
 
     def once(each: Any, states: Any) -> None:
         calls.append(each)
@@ -63,7 +63,7 @@ def test_an_error_while_binding_is_no_end(monkeypatch: pytest.MonkeyPatch) -> No
             raise torch.OutOfMemoryError("no memory")
         bind(each, states)
 
-    monkeypatch.setattr(launch.Launch, "bind", once)
+    monkeypatch.setattr(kernel_calls.Launch, "bind", once)
     with pytest.raises(torch.OutOfMemoryError):
         optimizer.step()
     assert all(map(torch.equal, params, expected))
