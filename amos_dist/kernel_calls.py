@@ -72,7 +72,7 @@ class Launch:
         """
         self.states = [states[tensor] for tensor in self.tensors]
         self.state = torch.zeros(self.size, dtype=self.compute, device=self.device)
-        self.steps = torch.zeros(len(self.states), device=self.counts_on)
+        self.steps = torch.zeros(len(self.states), dtype=torch.float32, device=self.counts_on)
         new: list[tuple[State, str, Tensor]] = []
         for number, (state, places) in enumerate(zip(self.states, self.places, strict=True)):
             held = {key: dtensor.local_of(state[key]) for key in FLOAT_STATE if key in state}

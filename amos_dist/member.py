@@ -103,12 +103,11 @@ def make_state(member: Member, state: State, original: Original | None, kinds: d
             "Use the `moments` that the state was made with, or clear it."
         )
     fresh = not state
-    state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32)
+    counts_on = tensor.device if member.capturable else "cpu"
+    state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=counts_on)
     if fresh:
         for key, shape in shapes.items():
             state[key] = zeros(key, shape, compute)
-    if member.capturable:
-        state["step"] = state["step"].to(tensor.device)
     if member.master:
         if "master" not in state:
             state["master"] = zeros("master", tuple(tensor.shape), torch.float32)

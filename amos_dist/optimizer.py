@@ -314,7 +314,8 @@ class Amos(Optimizer):
 
     def _members(self, stepped: Iterable[bool]) -> list[Member]:
         places = [(index, tensor, group) for group in self.param_groups for index, tensor in enumerate(group["params"])]
-        return [self._member(*place) for place in itertools.compress(places, stepped)]
+        once = {id(place[1]): place for place in itertools.compress(places, stepped)}  # torch lets a group repeat one
+        return [self._member(*place) for place in once.values()]
 
     def _member(self, index: int, tensor: Tensor, group: dict[str, Any]) -> Member:
         layout = self._layout(index, tensor, group)
@@ -354,9 +355,15 @@ class Amos(Optimizer):
         State that was made while the model was on the meta device has its place and its zeros by now.
         """
         self._make_states()
-        result = super().state_dict()
-        result["state"] = {number: own_memory(state) for number, state in result["state"].items()}
-        return result
+
+        def own(_: Optimizer, found: dict[str, Any]) -> None:  # before the user's hooks, which may put it all elsewhere
+            found["state"] = {number: own_memory(state) for number, state in found["state"].items()}
+
+        handle = self.register_state_dict_post_hook(own, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict()` gave; the state keeps its own dtype, whatever the parameter's.
@@ -395,6 +402,7 @@ class Amos(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it, and a group that has it is refused
         self._surroundings, self._plans, self._layouts = Surroundings(), {}, {}
         self._checked = {}
         for group in self.param_groups:

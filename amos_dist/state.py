@@ -94,6 +94,8 @@ def refuse_shapes(state: State, name: str, shape: tuple[int, ...], expected: dic
 
 def own_memory(state: State) -> State:
     """The same state, where tensors that are views of a larger buffer are copied: saving one would save the buffer."""
+    if not isinstance(state, dict):  # hooks and users keep other things beside the states of the tensors
+        return state
     return {
         key: value.clone() if isinstance(value, Tensor) and _is_part(dtensor.local_of(value)) else value
         for key, value in state.items()
@@ -115,4 +117,4 @@ def put_back(state_dict: dict[str, Any], groups: list[dict[str, Any]], states: d
             elif key in WHOLE_STATE:
                 states[tensor][key] = value.detach().to(tensor.device, copy=True)
             elif key == "step":
-                states[tensor][key] = torch.as_tensor(value, dtype=torch.float32).detach().cpu().clone()
+                states[tensor][key] = torch.as_tensor(value, dtype=torch.float32, device="cpu").detach().clone()

@@ -41,7 +41,7 @@ class Blocks:
     def table(self, present: list[bool] | None) -> Tensor:
         """int64 [n, 16], of the tensors that are `present` (None: all of them)."""
         if self._table is None:
-            self._table = torch.tensor(self.fields, dtype=torch.int64).view(-1, BLOCK_FIELDS)
+            self._table = torch.tensor(self.fields, dtype=torch.int64, device="cpu").view(-1, BLOCK_FIELDS)
         if present is None:
             return self._table
         if self._chosen is None or self._chosen[0] != present:
@@ -72,9 +72,9 @@ class Numbers:
 
     def fill(self, constants: list[Constants]) -> None:
         """constants: one for each row."""
-        rows = torch.tensor([each.numbers for each in constants], dtype=torch.float64).view(-1, HYPER_FIELDS)
-        self.table.copy_(rows)
-        self._factors.copy_(torch.tensor([each.factor for each in constants], dtype=torch.float64))
+        rows = torch.tensor([each.numbers for each in constants], dtype=torch.float64, device="cpu")
+        self.table.copy_(rows.view(-1, HYPER_FIELDS))
+        self._factors.copy_(torch.tensor([each.factor for each in constants], dtype=torch.float64, device="cpu"))
         self._lr = [None] * len(self._groups)
 
     def at(self, steps: Tensor) -> Tensor:
