@@ -16,6 +16,7 @@ import torch
 from . import bench as measuring
 from . import bench_cases as cases
 from . import bench_report as report
+from . import universal
 from .ops import build_info
 
 
@@ -96,11 +97,16 @@ def main() -> int:
     add("--threads", type=int, default=1, help="of the CPU kernels (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all numbers there")
     add("--plot", type=Path, metavar="FILE", help="draw the ratios there (needs matplotlib)")
+    completed = commands.add_parser("universal", help="makes DeepSpeed's universal checkpoint fit every ZeRO stage")
+    completed.add_argument("folder", type=Path, help="the --output_folder of deepspeed.checkpoint.ds_to_universal")
     arguments = parser.parse_args()
     if arguments.command == "info":
         info(arguments.json)
         return 0
     try:
+        if arguments.command == "universal":
+            universal.complete(arguments.folder)
+            return 0
         return bench(arguments)
     except ValueError as error:  # of the arguments: two sentences say what to change
         print(f"error: {error}", file=sys.stderr)

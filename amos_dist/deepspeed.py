@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from . import optimizer
-from .optimizer import Amos, Surroundings
+from .optimizer import Amos
+from .originals import Surroundings
 from .rules import advise
 
 

@@ -46,7 +46,8 @@ def refuse_state_dict(
         if "amos_group" not in saved or "measured_sigma" not in saved:
             raise ValueError(
                 "the state_dict is not of Amos: a parameter group has no 'amos_group'. "
-                "To start with a fresh optimizer on these weights, load the model only."
+                "To start with a fresh optimizer on these weights, load the model only "
+                "(DeepSpeed: load_optimizer_states=False)."
             )
         settings.check({key: saved[key] for key in settings.KEYWORDS if key in saved})
         for original in (o for o in originals if o.group == saved["amos_group"]):
@@ -58,6 +59,24 @@ def refuse_state_dict(
                     f"the state_dict has no sigma for {original.name!r}. "
                     "Build the optimizer with the `sigma` and the rules that the checkpoint was written with."
                 )
+
+
+def refuse_other_views(group: dict[str, Any], built: dict[int, dict[str, Any]]) -> None:
+    """`moments` and `row_dims` shape the state: they are fixed when the optimizer is built.
+
+    Args:
+        built: the settings with which the groups were added, by number.
+
+    Raises:
+        ValueError: the group now has others.
+    """
+    for key in ("moments", "row_dims"):
+        before = built.get(group["amos_group"], group)[key]
+        if group[key] != before:
+            raise ValueError(
+                f"{key}={group[key]!r} in a parameter group, but its state was made for {key}={before!r}. "
+                "Build a new optimizer to change it."
+            )
 
 
 def _refuse_state(state: State, tensor: Tensor, place: int, original: Original | None, kinds: dict[int, str]) -> None:

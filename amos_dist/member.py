@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import settings
 from .sharding import Layout, Original, dtensor
-from .state import FLOAT_STATE, State, compute_dtype, kept_dims, state_sizes
+from .state import FLOAT_STATE, State, compute_dtype, kept_dims, state_sizes, whole_shapes
 
 
 @dataclass(eq=False)
@@ -60,15 +60,16 @@ def member_of(
 def state_shapes(
     tensor: Tensor, layout: Layout, original: Original | None, kinds: dict[int, str]
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of a tensor's float state: keepdim shapes of a whole parameter, else one vector for all pieces.
+    """The shapes of a tensor's float state: keepdim shapes of a whole parameter, else one row for all pieces.
 
     Args:
         original: the parameter of the first piece. kinds: moments by key.
     """
-    if len(layout.pieces) != 1 or original is None or original.shape != tuple(tensor.shape) or not original.numel:
-        return {key: (size,) for key, size in state_sizes(layout.pieces, kinds).items() if size}
-    kept = kept_dims(kinds[original.key], len(original.shape), original.row_dims)
-    return {key: tuple(n if i in dims else 1 for i, n in enumerate(original.shape)) for key, dims in kept.items()}
+    is_part = layout.is_partition or len(layout.pieces) != 1
+    if is_part or original is None or original.shape != tuple(tensor.shape) or not original.numel:
+        # A row and not a vector: DeepSpeed would take a vector in a partition's state for numbers of its elements.
+        return {key: (1, size) for key, size in state_sizes(layout.pieces, kinds).items() if size}
+    return whole_shapes(kinds[original.key], original.shape, original.row_dims)
 
 
 def is_lost(state: State, tensor: Tensor) -> bool:
@@ -101,6 +102,11 @@ def make_state(member: Member, state: State, original: Original | None, kinds: d
         return (
             f"the state of {member.name!r} has {foreign[0]!r}, which its `moments` do not have. "
             "Use the `moments` that the state was made with, or clear it."
+        )
+    if plane := next((key for key in ("exp_avg", "exp_avg_sq") if key in state), ""):
+        return (
+            f"the state of {member.name!r} is not of Amos: it has {plane!r}, and the checkpoint no 'amos_state'. "
+            "To start with a fresh optimizer, load the weights only, for example what zero_to_fp32.py writes."
         )
     fresh = not state
     counts_on = tensor.device if member.capturable else "cpu"

@@ -6,32 +6,22 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import amp, settings
+from . import amp, checkpoint, settings
 from . import rules as module_rules
-from .loading import refuse_state_dict
+from .loading import refuse_other_views, refuse_state_dict
 from .member import Member, is_lost, make_state, member_of
-from .originals import constants_of, describe, facts_of, refuse_gradients
+from .originals import Surroundings, constants_of, describe, facts_of, refuse_gradients
 from .plan import Plan
 from .sharding import Layout, Original, dtensor, layout_of
 from .sharding.zero import original_shape
 from .state import own_memory, put_back
 from .tables import Constants
-
-
-@dataclass
-class Surroundings:
-    """What a framework that is building the optimizer knows: names by id(parameter), and advice by name."""
-
-    names: dict[int, str] = field(default_factory=dict)
-    advice: dict[str, module_rules.Advice] = field(default_factory=dict)
-
 
 # Each is called with the optimizer that is being made, and returns None where its framework is not at work.
 LOOK_AROUND: list[Callable[[Optimizer], Surroundings | None]] = []
@@ -135,7 +125,9 @@ class Amos(Optimizer):
         self._originals: list[Original] = []
         self._overrides: dict[int, dict[str, Any]] = {}
         self._kinds: dict[int, str] = {}
-        self._views: dict[int, dict[str, Any]] = {}
+        self._built: dict[int, dict[str, Any]] = {}  # the settings of each group when it was added
+        self._groups: list[dict[str, Any]] = []  # all, also while ZeRO steps one of them
+        self._loaded = checkpoint.Loaded()
         self._plans: dict[int, dict[Any, Plan]] = {}  # by the id of their first tensor
         self._layouts: dict[int, tuple[Tensor, Layout]] = {}
         self._checked: dict[int, list[Any]] = {}  # by id(group): the values that were looked at
@@ -164,12 +156,12 @@ class Amos(Optimizer):
             self.param_groups.pop()
             del self._originals[before:]
             raise
+        self._groups = list(self.param_groups)
 
     def _note_originals(self, number: int) -> None:
         """Writes down what the group's parameters are, before any framework flattens them."""
         group = self.param_groups[number]
         group["amos_group"] = number  # frameworks replace a group's tensors, not the group
-        self._views[number] = {key: group[key] for key in ("moments", "row_dims")}
         originals = [
             self._note_original(number, place, name, param)
             for place, (name, param) in enumerate(zip(self._names_of(group), group["params"], strict=True))
@@ -184,6 +176,7 @@ class Amos(Optimizer):
         group["measured_sigma"] = [None] * len(originals)
         for original, scale in zip(measured, scales, strict=True):
             group["measured_sigma"][original.place] = scale
+        self._built[number] = {key: group[key] for key in settings.KEYWORDS}
 
     def _note_original(self, number: int, place: int, name: str, param: Tensor) -> Original:
         advice = self._surroundings.advice.get(name)
@@ -243,6 +236,7 @@ class Amos(Optimizer):
         # Other ranks may have gradients of parameters that are cut over ranks: they wait for this one.
         if not grads and not any(map(dtensor.is_dtensor, tensors)):
             return loss
+        self._take_loaded()
         for group in self.param_groups:
             self._check_group(group)
         strided = {grad.layout for grad in grads} <= {torch.strided}
@@ -251,7 +245,7 @@ class Amos(Optimizer):
         plan = self._plan(tensors)
         if not plan.agreed:
             plan.agree(facts_of(self._originals, self._kinds, self._overrides, self.param_groups))
-        if not self._is_trial(plan):
+        if not plan.is_trial(self.state):
             found_inf = amp.unscaled(self, grads)
             plan.run(self.state, self._constants_of, found_inf)
         return loss
@@ -264,20 +258,19 @@ class Amos(Optimizer):
         values = [float(v) if isinstance(v := group[key], Tensor) else v for key in settings.DEFAULTS]
         if self._checked.get(id(group)) != values:
             settings.check(dict(zip(settings.DEFAULTS, values, strict=True)))
-            self._refuse_other_views(group)
+            refuse_other_views(group, self._built)
             self._checked[id(group)] = values
             for plans in self._plans.values():
                 for plan in plans.values():
                     plan.settings_changed()
 
-    def _refuse_other_views(self, group: dict[str, Any]) -> None:
-        """`moments` and `row_dims` shape the state: they are fixed when the optimizer is built."""
-        for key, built in self._views.get(group["amos_group"], {}).items():
-            if group[key] != built:
-                raise ValueError(
-                    f"{key}={group[key]!r} in a parameter group, but its state was made for {key}={built!r}. "
-                    "Build a new optimizer to change it."
-                )
+    def _take_loaded(self) -> None:
+        """A universal load has written into the groups, of which nobody told this optimizer."""
+        about = self._originals, self._kinds, self._setting
+        if loaded := checkpoint.take(self._groups, self._built, self.state, *about):
+            self._loaded = loaded
+            self._plans.clear()
+            self._checked.clear()
 
     def _plan(self, tensors: list[Tensor]) -> Plan:
         """The plan of this step; made anew when the tensors, their dtypes or devices, or the state have changed."""
@@ -324,9 +317,10 @@ class Amos(Optimizer):
 
     def _complete(self, member: Member) -> str:
         """Makes what the state of a tensor lacks; says what is wrong with what is there."""
-        pieces = member.layout.pieces
-        original = self._originals[pieces[0].key] if pieces else None
-        return make_state(member, self.state[member.tensor], original, self._kinds)
+        original = next((self._originals[piece.key] for piece in member.layout.pieces), None)
+        state = self.state[member.tensor]
+        fault = self._loaded.adopt(member, state, self._originals, self._kinds)
+        return fault or make_state(member, state, original, self._kinds)
 
     def _layout(self, index: int, tensor: Tensor, group: dict[str, Any]) -> Layout:
         if id(tensor) not in self._layouts or self._layouts[id(tensor)][1].fault:
@@ -335,35 +329,40 @@ class Amos(Optimizer):
             self._layouts[id(tensor)] = (tensor, layout_of(tensor, index, count, originals, self._originals))
         return self._layouts[id(tensor)][1]
 
-    def _is_trial(self, plan: Plan) -> bool:
-        """The first step of tensors that are whole, with gradients of zero, is none: it is there to make the state.
-
-        DeepSpeed's stage 0 takes one in fp16 and bf16, torch.distributed.checkpoint.state_dict one with lr=0.
-        """
-        return all(
-            not member.layout.groups
-            and (member.layout.clone or not (member.capturable or float(member.group["lr"])))
-            and not self.state[member.tensor]["step"]
-            for member in plan.members
-        ) and not any(bool(m.tensor.grad.any()) for m in plan.members if m.tensor.grad is not None)
-
     # ---- state dict --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; the small tensors are copies, because the optimizer's own are views of one buffer.
 
-        State that was made while the model was on the meta device has its place and its zeros by now.
+        State that was made while the model was on the meta device has its place and its zeros by now. Under ZeRO every
+        rank must call this, and the state can be loaded on another number of ranks: see checkpoint.py.
+
+        Raises:
+            RuntimeError: under ZeRO, on every rank, where any rank cannot tell what its partition holds.
         """
+        self._take_loaded()
         self._make_states()
+        partitions = self._partitions()
 
         def own(_: Optimizer, found: dict[str, Any]) -> None:  # before the user's hooks, which may put it all elsewhere
             found["state"] = {number: own_memory(state) for number, state in found["state"].items()}
+            if partitions:
+                checkpoint.save(found, partitions, self.state, self._groups, self._originals, self._kinds)
 
         handle = self.register_state_dict_post_hook(own, prepend=True)
         try:
             return super().state_dict()
         finally:
             handle.remove()
+
+    def _partitions(self) -> list[Member]:
+        """ZeRO's flat partitions, with their state."""
+        own = {id(original.param) for original in self._originals}
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        members = [m for m in self._members(id(tensor) not in own for tensor in tensors) if m.layout.is_partition]
+        for member in members:
+            member.fault = member.fault or self._complete(member)
+        return members
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict()` gave; the state keeps its own dtype, whatever the parameter's.
@@ -373,11 +372,13 @@ class Amos(Optimizer):
         """
         arrived: list[dict[str, Any]] = []  # what the user's own hooks, which run first, made of it
 
-        def refuse(_: Optimizer, final: dict[str, Any]) -> None:
+        def refuse(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            final = checkpoint.own_part(given)
             refuse_state_dict(final, self.param_groups, self._originals, self._kinds, self._setting)
             for saved in final["param_groups"]:
-                self._refuse_other_views({**settings.DEFAULTS, **saved})
+                refuse_other_views({**settings.DEFAULTS, **saved}, self._built)
             arrived.append(final)
+            return final
 
         def mend(_: Optimizer) -> None:
             put_back(arrived[0], self.param_groups, self.state)
@@ -395,7 +396,7 @@ class Amos(Optimizer):
                 handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_originals", "_overrides", "_kinds", "_views", "_rules")
+        own = ("_originals", "_overrides", "_kinds", "_built", "_rules")
         given = super().__getstate__()
         given["state"] = defaultdict(dict, {tensor: own_memory(state) for tensor, state in self.state.items()})
         return {**given, **{key: getattr(self, key) for key in own}}
@@ -404,7 +405,7 @@ class Amos(Optimizer):
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it, and a group that has it is refused
         self._surroundings, self._plans, self._layouts = Surroundings(), {}, {}
-        self._checked = {}
+        self._checked, self._groups, self._loaded = {}, list(self.param_groups), checkpoint.Loaded()
         for group in self.param_groups:
             for key, value in settings.DEFAULTS.items():
                 group.setdefault(key, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,14 @@ from .sharding.zero import original_shape
 from .tables import Constants, seed_of_parameter
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Surroundings:
+    """What a framework that is building the optimizer knows: names by id(parameter), and advice by name."""
+
+    names: dict[int, str] = field(default_factory=dict)
+    advice: dict[str, Advice] = field(default_factory=dict)
 
 
 class Description(NamedTuple):

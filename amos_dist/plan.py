@@ -174,6 +174,18 @@ class Plan:
             self._seen = now
         return all(launch.holds() for launch in self.launches)
 
+    def is_trial(self, states: dict[Tensor, State]) -> bool:
+        """The first step of tensors that are whole, with gradients of zero, is none: it is there to make the state.
+
+        DeepSpeed's stage 0 takes one in fp16 and bf16, torch.distributed.checkpoint.state_dict one with lr=0.
+        """
+        return all(
+            not member.layout.groups
+            and (member.layout.clone or not (member.capturable or float(member.group["lr"])))
+            and not states[member.tensor]["step"]
+            for member in self.members
+        ) and not any(bool(m.tensor.grad.any()) for m in self.members if m.tensor.grad is not None)
+
     def settings_changed(self) -> None:
         """Somebody changed a hyper-parameter, other than lr, in a group."""
         for launch in self.launches:

@@ -54,6 +54,12 @@ def kept_dims(kind: str, dims: int, row_dims: int) -> dict[str, range]:
     return {own: rows, "decay": rows} | ({"column_moment": columns} if kind == "factored" else {})
 
 
+def whole_shapes(kind: str, shape: tuple[int, ...], row_dims: int) -> dict[str, tuple[int, ...]]:
+    """The keepdim shapes of the float state of a whole parameter; the arguments are those of `kept_dims`."""
+    kept = kept_dims(kind, len(shape), row_dims)
+    return {key: tuple(n if i in dims else 1 for i, n in enumerate(shape)) for key, dims in kept.items()}
+
+
 def refuse_foreign(state: State, name: str) -> None:
     """Raises:
     ValueError: `state`, as loaded, is no state of Amos.
@@ -62,7 +68,8 @@ def refuse_foreign(state: State, name: str) -> None:
     if foreign or "step" not in state:
         raise ValueError(
             f"the state of {name!r} is not of Amos: it has {', '.join(map(repr, sorted(state)))}. "
-            "To start with a fresh optimizer on these weights, load the model only."
+            "To start with a fresh optimizer on these weights, load the model only "
+            "(DeepSpeed: load_optimizer_states=False)."
         )
     for key, value in state.items():
         if not isinstance(value, Tensor) and key != "step":

@@ -53,8 +53,7 @@ def layout_of(
     """
     layout = (
         whole.find(tensor, originals)
-        # Several tensors in a group are no partitions: what an earlier engine left on the parameters is stale then.
-        or (zero.find(tensor, originals, everywhere) if count == 1 else None)
+        or zero.find(tensor, originals, everywhere, alone=count == 1)
         or whole.find_clone(tensor, index, originals)
     )
     if layout is None:

@@ -43,6 +43,11 @@ class Layout:
     clone: bool = False
 
     @property
+    def is_partition(self) -> bool:
+        """Whether the tensor is one rank's part of several parameters, laid out flat: ZeRO's stages 1 to 3."""
+        return bool(self.fellows) and self.tile is None
+
+    @property
     def tile(self) -> Tile | None:
         """What a DTensor holds; None for any other tensor."""
         return self.pieces[0] if self.pieces and isinstance(self.pieces[0], Tile) else None

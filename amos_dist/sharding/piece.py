@@ -54,6 +54,16 @@ class Piece:
         """Columns that the piece has state for: all of them, since most pieces span whole rows."""
         return self.cols if self.length else 0
 
+    @property
+    def owned_rows(self) -> range:
+        """Rows that begin in the piece: over all pieces of a parameter, each row once."""
+        return range(-(-self.start // self.cols), -(-(self.start + self.length) // self.cols))
+
+    @property
+    def owns_columns(self) -> bool:
+        """Whether the parameter begins in the piece: the case for one of its pieces."""
+        return self.start == 0 and self.length > 0
+
     def blocks(self) -> list[Block]:
         """The rectangles that the piece is made of, in order."""
         if not self.length:

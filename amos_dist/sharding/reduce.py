@@ -13,21 +13,23 @@ import torch.distributed as dist
 Range = tuple[int, int]
 
 
-def disagreement(group: Any, fault: str, facts: Sequence[str]) -> str:
+def disagreement(group: Any, fault: str, facts: Sequence[str] = (), doing: str = "take this step") -> str:
     """What keeps the ranks of `group` from stepping together; "" if nothing. Every rank of it must call this.
 
     Args:
         fault: what is wrong on this rank, if anything. facts: what must be the same on all ranks, in the same order.
+        doing: what cannot be done otherwise, in words.
     """
     digest = hashlib.sha256("\n".join(facts).encode()).digest()  # thousands of ranks need not send each other it all
     found = _of_all_ranks((dist.get_rank(), fault, digest), group)
     if not fault:
         for rank, other, _ in found:
             if other:  # told by a rank, which may have been told itself
-                fault = other if other.startswith("rank ") else f"rank {rank} cannot take this step: {other}"
+                fault = other if other.startswith("rank ") else f"rank {rank} cannot {doing}: {other}"
                 break
     if len({digest for _, _, digest in found}) > 1:
-        fault = fault or _difference(_of_all_ranks((dist.get_rank(), list(facts)), group), facts)
+        everything = _of_all_ranks((dist.get_rank(), list(facts)), group)
+        fault = fault or _difference(everything, list(facts))
     return fault
 
 

@@ -14,20 +14,22 @@ from .layout import Cut, Layout, Original
 from .piece import Piece
 
 
-def find(flat: torch.Tensor, originals: list[Original], everywhere: list[Original]) -> Layout | None:
+def find(flat: torch.Tensor, originals: list[Original], everywhere: list[Original], alone: bool) -> Layout | None:
     """The layout of a flat partition.
 
     Args:
         flat: 1-D, the partition.
         originals: the parameters of its group.
         everywhere: the parameters of all groups (ZeRO-3's sub-groups are looked up by identity).
+        alone: there is no other tensor in its group. Where stages 1 and 2 have others, these are no partitions, and
+            what is on the parameters was left by an earlier engine.
     """
     for original in originals:
         if hasattr(original.param, "_z3_optimizer"):
             return _stage3(flat, original.param._z3_optimizer, everywhere)
     # Set at `initialize` on what was trainable then; requires_grad may have changed since.
     flattened = [o for o in originals if getattr(o.param, "_dp_group", None) is not None and o.numel]
-    return _stage12(flat, flattened) if flattened and flat.dim() == 1 else None
+    return _stage12(flat, flattened) if alone and flattened and flat.dim() == 1 else None
 
 
 def partition_sum_of_squares(param: Any) -> tuple[torch.Tensor, Any] | None:

@@ -1,8 +1,7 @@
 """Amos's entry for torch's database of optimizers under test, torch.testing._internal.common_optimizers.
 
-The inputs are all that Amos takes but `foreach` and `fused`, which the checks add, and `rules`, which need names
-(tests/unit/test_settings.py). Two things differ from the entries of torch's own optimizers: every input has an `lr`,
-because Amos has no default for it; and an lr of two numbers is a TypeError here, like all else that is no number.
+Two things differ from the entries of torch's own optimizers: every input has an `lr`, because Amos has no default for
+it; and an lr of two numbers is a TypeError here, like all else that is no number.
 """
 
 from __future__ import annotations
@@ -10,12 +9,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
 from amos_dist import Amos
 from amos_dist.ops import why_not
+
+from .common import KWARGS, LR, registered
+
+pytest.importorskip("expecttest", reason="torch's database of optimizers under test imports expecttest")
 
 # The import forbids the whole process to set the flags of torch.backends; that must not reach other tests.
 _frozen = torch.backends.flags_frozen()
@@ -27,39 +31,12 @@ from torch.testing._internal.common_optimizers import (  # noqa: E402
     get_error_inputs_for_all_optims,
 )
 
+# Through the function's globals: the module that holds the flag is not the one that is found as torch.backends.
 torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = not _frozen
-
-LR = 0.01
-KWARGS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "non-default lr": {"lr": 0.1},
-    "maximize": {"maximize": True},
-    "momentum": {"momentum": 0.9},
-    "bfloat16 momentum": {"momentum": 0.9, "momentum_dtype": torch.bfloat16},
-    "row": {"moments": "row"},
-    "column": {"moments": "column", "momentum": 0.5, "maximize": True},
-    "scalar": {"moments": "scalar"},
-    "full": {"moments": "full", "eps": 1e-12},
-    "beta, sigma, coefficients": {"beta": 0.9, "sigma": 0.3, "c_coef": 0.5, "d_coef": 0.1},
-    "extra_l2, clip_value": {"extra_l2": 0.01, "clip_value": 0.5},
-    "row_dims": {"row_dims": 1, "moments": "factored"},
-    "master weights": {"master_weights": True, "momentum": 0.9},
-    "stochastic rounding": {"stochastic_rounding": True, "seed": 3},
-    "capturable": {"capturable": True, "momentum": 0.9},
-    "tensor lr": {"lr": LR},
-    "tensor lr, capturable": {"lr": LR, "capturable": True, "maximize": True},
-}
 
 
 def inputs(device: str | torch.device, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
-    """New ones at every call: a schedule writes into an lr that is a tensor."""
-    made = []
-    for desc, kwargs in KWARGS.items():
-        given = {"lr": LR, **kwargs}
-        if desc.startswith("tensor lr"):
-            given["lr"] = torch.tensor(given["lr"])
-        made.append(OptimizerInput(params=None, kwargs=given, desc=desc))  # type: ignore[arg-type]
-    return made
+    return [OptimizerInput(params=None, kwargs=registered(desc), desc=desc) for desc in KWARGS]  # type: ignore[arg-type]
 
 
 def error_inputs(device: str | torch.device, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
@@ -70,8 +47,11 @@ def error_inputs(device: str | torch.device, dtype: torch.dtype) -> list[ErrorOp
         if each.optimizer_error_input.desc == "Tensor lr must be 1-element":
             each.error_type, each.error_regex = TypeError, re.escape("is not a number. Give a float.")
 
-    def refused(desc: str, error: type[Exception], regex: str, params: Any = None, **kwargs: Any) -> None:
-        on = OptimizerErrorEnum.STEP_ERROR if desc.endswith("at step") else OptimizerErrorEnum.CONSTRUCTION_ERROR
+    construction, step = OptimizerErrorEnum.CONSTRUCTION_ERROR, OptimizerErrorEnum.STEP_ERROR
+
+    def refused(
+        desc: str, error: type[Exception], regex: str, params: Any = None, on: Any = construction, **kwargs: Any
+    ) -> None:
         given = OptimizerInput(params=params, kwargs={"lr": LR, **kwargs}, desc=desc)
         found.append(ErrorOptimizerInput(given, error_on=on, error_type=error, error_regex=regex))
 
@@ -95,7 +75,7 @@ def error_inputs(device: str | torch.device, dtype: torch.dtype) -> list[ErrorOp
     refused("differentiable group", TypeError, "step cannot be", params=[{"params": [param()], "differentiable": True}])
     refused("complex parameter", TypeError, "is complex64.*as pairs", params=[param(torch.complex64)])
     refused("integer parameter", TypeError, "is int64", params=[torch.ones(2, dtype=torch.int64, device=device)])
-    refused("sparse gradient at step", RuntimeError, "gradient of .* is sparse", params=[sparse])
+    refused("sparse gradient at step", RuntimeError, "gradient of .* is sparse", params=[sparse], on=step)
     return found
 
 

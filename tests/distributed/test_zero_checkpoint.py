@@ -1,0 +1,174 @@
+"""Checkpoints of DeepSpeed ZeRO: saved on 2 real ranks, loaded on 1 to 4 and at other stages.
+
+Each number of ranks is one run of zero_checkpoint_worker.py over all its cases, since starting the ranks takes longest.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.harness import run_ranks
+
+WORKER = Path(__file__).with_name("zero_checkpoint_worker.py")
+FOLDER = tempfile.TemporaryDirectory()
+TOLERANCE = {"fp32": 1e-6, "bf16": 2e-2}  # max-norm, relative, after ten more steps on other ranks
+AUTO = {"lr": 0.02, "beta": 0.95}  # sigma is measured
+KINDS = [
+    {"match": "head", "moments": "row", "sigma": 0.2, "lr": 0.01},
+    {"match": "conv", "moments": "full"},
+    {"match": "inner.weight", "moments": "column"},
+    {"match": "embed", "moments": "scalar"},
+]
+
+SAVED: list[dict[str, Any]] = [
+    {"name": "stage 1 groups", "stage": 1, "groups": True, "params": {**AUTO, "momentum": 0.9, "rules": KINDS}},
+    {"name": "stage 1 bf16 fp32 accumulation", "stage": 1, "dtype": "bf16", "params": {**AUTO, "momentum": 0.9}},
+    {"name": "stage 2", "stage": 2, "params": {**AUTO, "rules": KINDS}},
+    {"name": "stage 2 bf16", "stage": 2, "dtype": "bf16", "params": {**AUTO, "momentum": 0.9}},
+    {"name": "stage 3 groups", "stage": 3, "groups": True, "params": {**AUTO, "momentum": 0.9, "rules": KINDS}},
+    {"name": "stage 3 bf16", "stage": 3, "dtype": "bf16", "params": AUTO},
+]
+SAVED[0]["by_command"] = True
+SAVED[1]["config"] = {"data_types": {"grad_accum_dtype": "fp32"}}
+SAVED[3]["params"]["momentum_dtype"] = "bfloat16"
+SAVED[4]["zero"] = {"sub_group_size": 50}
+BY_NAME = {case["name"]: case for case in SAVED}
+
+
+def case(do: str, of: str, stage: int | None = None, **more: Any) -> dict[str, Any]:
+    saved = BY_NAME[of]
+    stage = saved["stage"] if stage is None else stage
+    name = f"{do} {of} at stage {stage}" + "".join(f" {value}" for value in more.values())
+    if stage != saved["stage"]:
+        more["zero"] = {}
+    return {"dtype": "fp32", **saved, "do": do, "of": of, "stage": stage, "name": name, "folder": FOLDER.name, **more}
+
+
+SAVES = [{"dtype": "fp32", **saved, "do": "save", "folder": FOLDER.name} for saved in SAVED]
+LOADS = {
+    1: [case("load", "stage 1 groups"), case("load", "stage 3 groups"), case("load", "stage 2", 3)],
+    2: [
+        case("load", "stage 1 groups", 3),
+        case("load", "stage 3 groups", 2),
+        case("load", "stage 2 bf16"),
+        case("load", "stage 3 bf16", 1),
+    ],
+    3: [
+        *(case("load", saved["name"]) for saved in SAVED),
+        case("load", "stage 3 groups", step_first=True),
+        case("load", "stage 1 groups", step_first=True),
+        case("load", "stage 3 groups", without="amos_groups"),  # stage 3 has given group 0's settings to both
+    ],
+    4: [case("load", "stage 1 groups"), case("load", "stage 2"), case("load", "stage 3 groups")],
+}
+FRESH = [
+    {"name": f"fresh stage {stage}", "do": "start_fresh", "stage": stage, "dtype": "fp32", "params": AUTO}
+    | {"folder": FOLDER.name}
+    for stage in (1, 2, 3)
+]
+FAULTS = {
+    "absent": "the checkpoint has no state for parameter 'conv.weight'. Load it into the model",
+    "shape": "the state 'decay' of 'conv.weight' has shape (4, 13, 3), expected (5, 13, 3). Load it into the model",
+    "sigma": "the checkpoint has no sigma for 'conv.weight'. Build the optimizer with the `sigma`",
+    "moments": "the state 'row_moment' of 'embed.weight' has shape None, expected (11, 1). Load it into the model",
+    "one rank": "the checkpoint has no state for parameter 'conv.weight'. Load it into the model",
+    "none of Amos": "has 'exp_avg', and the checkpoint no 'amos_state'. To start with a fresh optimizer",
+}
+
+
+def fault(what: str, of: str) -> dict[str, Any]:
+    params = AUTO if what == "moments" else BY_NAME[of]["params"]
+    return case("fault", of, fault=what) | {"params": params}
+
+
+BROKEN = [fault("absent", "stage 2"), *(fault(what, "stage 3 groups") for what in FAULTS)]
+
+
+@functools.cache
+def run(ranks: int) -> list[list[dict[str, Any]]] | AssertionError:
+    """Once, also where it fails: each test would wait for it again."""
+    cases = (SAVES if ranks == 2 else []) + LOADS[ranks] + (FRESH + BROKEN if ranks == 2 else [])
+    try:
+        return run_ranks(WORKER, ranks, cases, timeout=240)
+    except AssertionError as error:
+        return error
+
+
+def results(ranks: int) -> list[dict[str, Any]]:
+    """By name, of each rank. Two ranks save what the others load."""
+    if ranks != 2:
+        results(2)
+    found = run(ranks)
+    if isinstance(found, AssertionError):
+        raise found
+    return [{each["name"]: each for each in rank} for rank in found]
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("wanted", SAVES, ids=lambda c: c["name"])
+def test_the_same_number_of_ranks_resumes_bit_for_bit(wanted: dict[str, Any]) -> None:
+    for rank in results(2):
+        got = rank[wanted["name"]]
+        assert got["kept"] == []
+        assert got["resumed"] == []
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("wanted", SAVES, ids=lambda c: c["name"])
+def test_what_is_saved(wanted: dict[str, Any]) -> None:
+    first, second = (rank[wanted["name"]] for rank in results(2))
+    assert first["live"] == second["live"] == []  # nothing for checkpoints stays in the optimizer's groups
+    assert first["names"] == 13
+    assert second["names"] == 0  # the first rank's are the only ones that DeepSpeed keeps
+    assert first["fp32"] == 0  # zero_to_fp32
+
+
+@pytest.mark.timeout(500)
+def test_missing_planes_take_no_place_in_files() -> None:
+    """Momentum is a plane of float32, and bytes of a bfloat16 one count half; there is no exp_avg_sq."""
+    sizes = {saved["name"]: results(2)[0][saved["name"]]["size"] for saved in SAVED}
+    assert sizes["stage 2"] < sizes["stage 1 groups"]
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize(
+    ("ranks", "wanted"),
+    [pytest.param(r, c, id=f"{r} ranks, {c['name']}") for r, cases in LOADS.items() for c in cases],
+)
+def test_other_ranks_and_stages_go_on(ranks: int, wanted: dict[str, Any]) -> None:
+    for rank in results(ranks):
+        got = rank[wanted["name"]]
+        assert got["changed"] == []  # the state, to the bit
+        assert got["worst"] <= TOLERANCE[wanted["dtype"]] or "without" in wanted  # whose lr is the JSON's
+        assert got["live"] == []
+        assert bool(got["narrowed"]) == (wanted["stage"] == 3)  # no numbers that mean nothing
+        assert got["markers"] == list(range(len(got["markers"])))
+        assert got["steps"] == [13]
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("wanted", FRESH, ids=lambda c: c["name"])
+def test_another_optimizers_weights(wanted: dict[str, Any]) -> None:
+    for rank in results(2):
+        got = rank[wanted["name"]]
+        assert "not of Amos" in got["text"]
+        assert "load_optimizer_states=False" in got["text"]
+        assert got["weights"] == [0, 0]
+        assert got["steps"] == [[2], [2]]
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("wanted", BROKEN, ids=lambda c: c["name"])
+def test_what_does_not_fit_is_an_error_on_every_rank(wanted: dict[str, Any]) -> None:
+    first, second = (rank[wanted["name"]] for rank in results(2))
+    for got in (first, second):
+        assert all(FAULTS[wanted["fault"]] in text for text in got["texts"]), got["texts"]
+        assert got["changed"] == []
+    if wanted["fault"] == "one rank":
+        assert first["texts"][0].startswith("rank 1 cannot take this step: ")
+        assert first["texts"][1].startswith("rank 1 cannot save: ")
