@@ -1,4 +1,7 @@
-"""python -m amos_dist info: what was built, and if something is missing, why. bench: what a step costs."""
+"""python -m amos_dist info: what was built, and if something is missing, why. bench: what a step costs.
+
+convert: a checkpoint of one framework as another's.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import torch
 from . import bench as measuring
 from . import bench_cases as cases
 from . import bench_report as report
-from . import universal
+from . import convert
 from .ops import build_info
 
 
@@ -97,15 +100,15 @@ def main() -> int:
     add("--threads", type=int, default=1, help="of the CPU kernels (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all numbers there")
     add("--plot", type=Path, metavar="FILE", help="draw the ratios there (needs matplotlib)")
-    completed = commands.add_parser("universal", help="makes DeepSpeed's universal checkpoint fit every ZeRO stage")
-    completed.add_argument("folder", type=Path, help="the --output_folder of deepspeed.checkpoint.ds_to_universal")
+    convert.add_arguments(commands.add_parser("convert", help="a ZeRO checkpoint as a DCP or a plain one, and back"))
     arguments = parser.parse_args()
     if arguments.command == "info":
         info(arguments.json)
         return 0
     try:
-        if arguments.command == "universal":
-            universal.complete(arguments.folder)
+        if arguments.command == "convert":
+            for warning in convert.command(arguments):
+                print(f"warning: {warning}", file=sys.stderr)
             return 0
         return bench(arguments)
     except ValueError as error:  # of the arguments: two sentences say what to change

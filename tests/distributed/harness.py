@@ -73,6 +73,25 @@ def run_ranks(worker: str | Path, ranks: int, arguments: Any, timeout: float = 2
         return [json.loads(Path(folder, f"result{rank}.json").read_text()) for rank in range(ranks)]
 
 
+_RUNS: dict[tuple[Path, int], list[Any] | AssertionError] = {}
+
+
+def run_cases(worker: Path, ranks: int, cases: list[dict[str, Any]], timeout: float = 240) -> list[dict[str, Any]]:
+    """What each rank reported, by the name of the case. All cases of a worker on that many ranks are one run.
+
+    Once, also where it fails: each test would wait for it again.
+    """
+    if (worker, ranks) not in _RUNS:
+        try:
+            _RUNS[worker, ranks] = run_ranks(worker, ranks, cases, timeout)
+        except AssertionError as error:
+            _RUNS[worker, ranks] = error
+    found = _RUNS[worker, ranks]
+    if isinstance(found, AssertionError):
+        raise found
+    return [{each["name"]: each for each in rank} for rank in found]
+
+
 def launch(
     *command: str | int | Path, ranks: int, folder: Path | None = None, limit: float = 240
 ) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import run_cases
 
 WORKER = Path(__file__).with_name("dtensor_worker.py")
 AUTO = {"lr": 0.02, "beta": 0.95}
@@ -141,7 +141,6 @@ def checkpoints(ranks: int, do: str) -> list[dict[str, Any]]:
     ]
 
 
-@functools.cache
 def results(ranks: int) -> list[dict[str, Any]]:
     cases = [
         *TRAINING[ranks],
@@ -154,7 +153,7 @@ def results(ranks: int) -> list[dict[str, Any]]:
     else:
         results(2)  # has saved
     cases += checkpoints(ranks, "load")
-    return [{each["name"]: each for each in rank} for rank in run_ranks(WORKER, ranks, cases, timeout=200)]
+    return run_cases(WORKER, ranks, cases, timeout=200)
 
 
 def cases_of(table: dict[int, list[dict[str, Any]]]) -> list[Any]:

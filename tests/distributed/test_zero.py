@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import run_cases, run_ranks
 from tests.distributed.model import Model
 
 WORKER = Path(__file__).with_name("zero_worker.py")
@@ -91,10 +91,9 @@ FAULTS = [case(f"{what} fault", stage, do="fault", fault=what) for stage in (2, 
 SECONDS = [case("second engine", stage, "bf16", do="second") for stage in (0, 1)]
 
 
-@functools.cache
 def results(ranks: int) -> list[dict[str, Any]]:
     cases = TRAINING[ranks] + (RESUMES + FAULTS + SECONDS if ranks == 2 else [])
-    return [{each["name"]: each for each in rank} for rank in run_ranks(WORKER, ranks, cases, timeout=420)]
+    return run_cases(WORKER, ranks, cases, timeout=420)
 
 
 @pytest.mark.timeout(450)

@@ -5,14 +5,13 @@ Each number of ranks is one run of zero_checkpoint_worker.py over all its cases,
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import run_cases
 
 WORKER = Path(__file__).with_name("zero_checkpoint_worker.py")
 FOLDER = tempfile.TemporaryDirectory()
@@ -33,7 +32,7 @@ SAVED: list[dict[str, Any]] = [
     {"name": "stage 3 groups", "stage": 3, "groups": True, "params": {**AUTO, "momentum": 0.9, "rules": KINDS}},
     {"name": "stage 3 bf16", "stage": 3, "dtype": "bf16", "params": AUTO},
 ]
-SAVED[0]["by_command"] = True
+SAVED[1]["by_deepspeed"] = True  # loaded at its own stage only
 SAVED[1]["config"] = {"data_types": {"grad_accum_dtype": "fp32"}}
 SAVED[3]["params"]["momentum_dtype"] = "bfloat16"
 SAVED[4]["zero"] = {"sub_group_size": 50}
@@ -89,24 +88,12 @@ def fault(what: str, of: str) -> dict[str, Any]:
 BROKEN = [fault("absent", "stage 2"), *(fault(what, "stage 3 groups") for what in FAULTS)]
 
 
-@functools.cache
-def run(ranks: int) -> list[list[dict[str, Any]]] | AssertionError:
-    """Once, also where it fails: each test would wait for it again."""
-    cases = (SAVES if ranks == 2 else []) + LOADS[ranks] + (FRESH + BROKEN if ranks == 2 else [])
-    try:
-        return run_ranks(WORKER, ranks, cases, timeout=240)
-    except AssertionError as error:
-        return error
-
-
 def results(ranks: int) -> list[dict[str, Any]]:
-    """By name, of each rank. Two ranks save what the others load."""
+    """Two ranks save what the others load."""
     if ranks != 2:
         results(2)
-    found = run(ranks)
-    if isinstance(found, AssertionError):
-        raise found
-    return [{each["name"]: each for each in rank} for rank in found]
+    cases = (SAVES if ranks == 2 else []) + LOADS[ranks] + (FRESH + BROKEN if ranks == 2 else [])
+    return run_cases(WORKER, ranks, cases)
 
 
 @pytest.mark.timeout(500)

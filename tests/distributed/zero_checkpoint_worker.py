@@ -7,9 +7,6 @@ the groups that is not there, as in a checkpoint that something else has written
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
 import os
 import subprocess
 import sys
@@ -19,11 +16,10 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils import safe_get_full_optimizer_state
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from amos_dist.universal import complete
+from amos_dist.convert import convert
 from tests.distributed.harness import received, report
 from tests.distributed.model import Model
 from tests.distributed.zero_worker import DTYPES, engine_for, full_parameters, make_model, train_steps
@@ -89,27 +85,15 @@ def worst(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> fl
     return max(float((x - y).abs().max() / y.abs().max().clamp(min=1e-3)) for x, y in pairs)
 
 
-def convert(folder: Path, by_command: bool) -> None:
-    """folder/saved -> folder/universal."""
-    if by_command:
+def make_universal(folder: Path, by_deepspeed: bool) -> None:
+    """folder/saved -> folder/converted/universal, for the same stage or for any."""
+    if by_deepspeed:
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-        command += ["--input_folder", str(folder / "saved"), "--output_folder", str(folder / "universal")]
+        command += ["--input_folder", str(folder / "saved"), "--output_folder", str(folder / "converted" / "universal")]
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         subprocess.run(command, check=True, env=alone, timeout=120, stdout=subprocess.DEVNULL)
-        command = [sys.executable, "-m", "amos_dist", "universal", str(folder / "universal")]
-        subprocess.run(command, check=True, env=alone, timeout=60)
-        return
-    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(
-            argparse.Namespace(
-                input_folder=str(folder / "saved"),
-                output_folder=str(folder / "universal"),
-                inject_missing_state=True,
-                **options,
-            )
-        )
-    complete(folder / "universal")
+    else:
+        convert(folder, folder / "converted", "zero", tag="saved")
 
 
 def save(case: State) -> State:
@@ -121,9 +105,10 @@ def save(case: State) -> State:
         group["lr"] *= 0.5 + number
     engine.save_checkpoint(str(folder), "saved")
     live = [key for group in base(engine).param_groups for key in group if key in ("amos_state", "amos_groups")]
+    own = [held[key] for held in base(engine).state.values() for key in ("row_moment", "decay") if key in held]
     state, then = whole_state(engine), full_parameters(engine)
     if dist.get_rank() == 0:
-        convert(folder, case.get("by_command", False))
+        make_universal(folder, case.get("by_deepspeed", False))
     size = sum(file.stat().st_size for file in (folder / "saved").glob("*optim_states.pt"))
     train_steps(engine, case, AFTER)
     after = full_parameters(engine)
@@ -142,6 +127,7 @@ def save(case: State) -> State:
     dist.barrier()
     return {
         "live": live,
+        "dims": sorted({value.dim() for value in own}),
         "kept": kept,
         "resumed": different({"": after}, {"": full_parameters(again)}),
         "names": len(state),
@@ -155,7 +141,7 @@ def load(case: State) -> State:
     folder = Path(case["folder"], case["of"].replace(" ", "_"))
     state, after = torch.load(folder / "expected.pt")
     engine = new_engine(case, checkpoint={"load_universal": True})
-    engine.load_checkpoint(str(folder), "universal")
+    engine.load_checkpoint(str(folder / "converted"), "universal")
     for group in base(engine).param_groups:
         group.pop(case.get("without"), None)
     if not case.get("step_first"):  # adopted by state_dict(), else by step()
@@ -164,7 +150,9 @@ def load(case: State) -> State:
         momentum = {}
         if case["params"].get("momentum"):
             momentum = whole_momentum(engine)
-        planes = {n: torch.load(folder / "universal" / "zero" / n / "exp_avg.pt")["param"] for n in momentum}
+        planes = {
+            n: torch.load(folder / "converted" / "universal" / "zero" / n / "exp_avg.pt")["param"] for n in momentum
+        }
         changed += different(
             {"momentum": {n: v.float() for n, v in momentum.items()}},
             {"momentum": {n: v.float().view(-1) for n, v in planes.items()}},
@@ -175,7 +163,7 @@ def load(case: State) -> State:
     narrowed = ""
     if case["stage"] == 3:  # DeepSpeed takes any tensor of a partition's state for numbers of its elements
         try:
-            safe_get_full_optimizer_state(engine.module.conv.weight, "decay")
+            safe_get_full_optimizer_state(engine.module.embed.weight, "decay")
         except (RuntimeError, IndexError) as error:
             narrowed = type(error).__name__
     live = [key for group in base(engine).param_groups for key in group if key in ("amos_state", "amos_groups")]
@@ -218,7 +206,7 @@ def fault(case: State) -> State:
     """A universal checkpoint that does not fit: an error on every rank, and nothing changes."""
     folder = Path(case["folder"], case["of"].replace(" ", "_"))
     engine = new_engine(case, checkpoint={"load_universal": True})
-    engine.load_checkpoint(str(folder), "universal")
+    engine.load_checkpoint(str(folder / "converted"), "universal")
     entries = base(engine).param_groups[0]["amos_state"]
     if case["fault"] == "absent":
         del entries["conv.weight"]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from amos_dist import checkpoint
-from amos_dist.__main__ import main
 from amos_dist.sharding import Piece
 from amos_dist.state import whole_shapes
 
@@ -58,11 +55,3 @@ def test_a_partition_of_several_parameters() -> None:
     assert torch.equal(state["row_moment"], torch.cat([one["row_moment"][2:, 0], two["row_moment"][:2, 0]])[None])
     assert torch.equal(state["column_moment"], one["column_moment"])
     assert torch.equal(state["decay"], torch.cat([one["decay"][2:, 0], two["decay"][:2, 0]])[None])
-
-
-def test_a_folder_that_is_no_universal_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.argv", ["amos_dist", "universal", str(tmp_path)])
-    assert main() == 2
-    assert "is no universal checkpoint" in capsys.readouterr().err
