@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .bench_cases import AMOS, Shape, Variant
+from .sharding import dtensor
 
 T = TypeVar("T")
 
@@ -70,9 +71,9 @@ class Result:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of storage that the optimizer's state holds in this process; shared storage counts once."""
+    """Bytes of storage that the optimizer's state holds in this process, of DTensors its part; shared ones once."""
     tensors = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
-    storages = (tensor.untyped_storage() for tensor in tensors)
+    storages = (dtensor.local_of(tensor).untyped_storage() for tensor in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -16,7 +16,15 @@ from . import amp, checkpoint, settings
 from . import rules as module_rules
 from .loading import refuse_other_views, refuse_state_dict
 from .member import Member, is_lost, make_state, member_of
-from .originals import Surroundings, constants_of, describe, facts_of, refuse_gradients
+from .originals import (
+    Surroundings,
+    constants_of,
+    describe,
+    facts_of,
+    follow,
+    note_measured,
+    refuse_gradients,
+)
 from .plan import Plan
 from .sharding import Layout, Original, dtensor, layout_of
 from .sharding.zero import original_shape
@@ -175,7 +183,7 @@ class Amos(Optimizer):
         # In the group, so that it is in every checkpoint: on resuming, "auto" must not be measured again.
         group["measured_sigma"] = [None] * len(originals)
         for original, scale in zip(measured, scales, strict=True):
-            group["measured_sigma"][original.place] = scale
+            group["measured_sigma"][original.place] = original.measured = scale
         self._built[number] = {key: group[key] for key in settings.KEYWORDS}
 
     def _note_original(self, number: int, place: int, name: str, param: Tensor) -> Original:
@@ -196,6 +204,7 @@ class Amos(Optimizer):
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         if not any(map(dtensor.is_dtensor, tensors)):
             return
+        follow(self.param_groups, self._originals, self.state)
         self._step_supports_amp_scaling = True  # GradScaler then leaves skipping to us: see amp.py
         for member in self._members(map(self._is_stepped, tensors)):
             if not self.state.get(member.tensor) or is_lost(self.state[member.tensor], member.tensor):
@@ -269,6 +278,7 @@ class Amos(Optimizer):
         about = self._originals, self._kinds, self._setting
         if loaded := checkpoint.take(self._groups, self._built, self.state, *about):
             self._loaded = loaded
+            note_measured(self._groups, self._originals)
             self._plans.clear()
             self._checked.clear()
 
@@ -288,6 +298,7 @@ class Amos(Optimizer):
             if plans[key].fits(self.state):
                 return plans[key]
             del plans[key]  # a fault that may be mended, or the state was replaced: make it anew
+        follow(self.param_groups, self._originals, self.state)
         members = self._members(stepped)
         for member in members:
             member.fault = member.fault or self._complete(member)
@@ -382,6 +393,7 @@ class Amos(Optimizer):
 
         def mend(_: Optimizer) -> None:
             put_back(arrived[0], self.param_groups, self.state)
+            note_measured(self.param_groups, self._originals)
             self._plans.clear()
             self._checked.clear()
 

@@ -14,8 +14,9 @@ from . import settings
 from .ops import build_info
 from .reference import effective_moments
 from .rules import Advice, settings_from
-from .sharding import Original, refuse_unknown
+from .sharding import Original, followers, refuse_unknown
 from .sharding.zero import original_shape
+from .state import State
 from .tables import Constants, seed_of_parameter
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -86,6 +87,37 @@ def describe(
     return Description(values, kind, {"scalar": 0, "full": len(shape)}.get(kind, given["row_dims"]))
 
 
+def follow(groups: list[dict[str, Any]], originals: list[Original], states: dict[Tensor, State]) -> None:
+    """Accelerate shards a model whose optimizer is there already: DTensors take the places of the parameters.
+
+    Raises:
+        RuntimeError: there is state of the whole parameter, which would be lost.
+    """
+    for group in groups:
+        mine = [original for original in originals if original.group == group["amos_group"]]
+        for original, tensor in followers(group["params"], mine):
+            if float(states.get(original.param, {}).get("step", 0)):
+                raise RuntimeError(
+                    f"parameter {original.name!r} was sharded after the optimizer had stepped or loaded its state, "
+                    "which would be lost. Shard the model first (Accelerate: prepare), then load and train."
+                )
+            states.pop(original.param, None)
+            original.param = tensor
+
+
+def measured_of(original: Original, group: dict[str, Any]) -> float | None:
+    """What sigma="auto" has found for a parameter, as its group has it; None: nothing."""
+    measured = group["measured_sigma"]
+    return measured[original.place] if original.place < len(measured) else None
+
+
+def note_measured(groups: list[dict[str, Any]], originals: list[Original]) -> None:
+    """The groups were loaded: their sigmas are those of the parameters."""
+    by_number = {group["amos_group"]: group for group in groups}
+    for original in originals:
+        original.measured = measured_of(original, by_number[original.group])
+
+
 def constants_of(
     original: Original, group: dict[str, Any], setting: Callable[[str], Any], lr_factor: float
 ) -> Constants:
@@ -96,10 +128,16 @@ def constants_of(
 
     Raises:
         ValueError: sigma="auto" or "paper" was set too late.
+        RuntimeError: the group has the sigmas of other parameters.
     """
     sigma, clip = setting("sigma"), setting("clip_value")
     if sigma == "auto":
-        sigma = group["measured_sigma"][original.place]
+        sigma = measured_of(original, group)
+        if sigma != original.measured:
+            raise RuntimeError(
+                f"the sigma of {original.name!r} is another parameter's: ZeroRedundancyOptimizer loads those of "
+                "the first rank everywhere. Give sigma as a number or 'paper' (amos_dist.param_groups)."
+            )
     if sigma is None or isinstance(sigma, str):
         raise ValueError(
             f"sigma={setting('sigma')!r} of {original.name!r} was set after the optimizer was built, which has "
@@ -144,7 +182,7 @@ def facts_of(
         for original in (o for o in originals if o.group == group["amos_group"]):
             facts.append(f"parameter {original.name!r} of shape {original.shape} with {kinds[original.key]} moments")
             facts += [f"{key}={value!r} for {original.name!r}" for key, value in overrides[original.key].items()]
-            if (scale := group["measured_sigma"][original.place]) is not None:
+            if (scale := measured_of(original, group)) is not None:
                 facts.append(f"sigma={scale!r} measured for {original.name!r}")
     return facts
 

@@ -1,16 +1,19 @@
-"""Checkpoints that say what they hold: DeepSpeed writes the files, we a manifest of their sizes and sums.
+"""Checkpoints that say what they hold: the engine writes the files, we a manifest of their sizes and sums.
 
-A folder without a manifest was cut off while it was saved and never counts. With one, every file is checked
-before anything is loaded: a damaged checkpoint is refused with its name, and nothing has changed.
+A checkpoint is written beside its place, sealed with the manifest, and then put there. A folder without a manifest was
+cut off and never counts. With one, every file is checked before anything is loaded: a damaged checkpoint is refused
+with its name, and nothing has changed.
 """
 
 import json
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
 
-import deepspeed.comm as dist
+import torch.distributed as dist
 
+from engines import Engine
 from ranks import agree
 
 MANIFEST = "manifest.json"
@@ -24,22 +27,37 @@ def checksum(path: Path) -> int:
     return value
 
 
-def save(engine: Any, folder: Path, step: int, settings: dict[str, Any], client: dict[str, Any]) -> None:
+def save(engine: Engine, folder: Path, step: int, settings: dict[str, Any], progress: dict[str, Any]) -> None:
     """Save `engine` after `step` steps. Every rank calls this.
 
-    `settings` are what a later run must share to continue exactly; `client` is handed back to it.
+    `settings` are what a later run must share to continue exactly; `progress` (JSON) is handed back to it.
     """
-    tag = f"step{step:06d}"
-    engine.save_checkpoint(str(folder), tag=tag, client_state=client, save_latest=False)
+    place = folder / f"step{step:06d}"
+    beside = folder / f"{place.name}.part"
+
+    def put() -> None:
+        shutil.rmtree(place, ignore_errors=True)  # of an earlier run; `beside` is complete and counts meanwhile
+        beside.rename(place)
+
+    def clear() -> None:
+        if (beside / MANIFEST).is_file():  # an earlier run ended within `put`
+            put()
+        shutil.rmtree(beside, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
 
     def seal() -> None:
-        files = sorted(path for path in (folder / tag).glob("*.pt"))
-        sums = {path.name: [path.stat().st_size, checksum(path)] for path in files}
-        beside = folder / tag / f"{MANIFEST}.part"
-        beside.write_text(json.dumps({"step": step, "settings": settings, "files": sums}, indent=1))
-        beside.replace(folder / tag / MANIFEST)
+        files = sorted(path for path in beside.rglob("*") if path.is_file())
+        sums = {path.relative_to(beside).as_posix(): [path.stat().st_size, checksum(path)] for path in files}
+        content = {"step": step, "settings": settings, "progress": progress, "files": sums}
+        part = beside / f"{MANIFEST}.part"
+        part.write_text(json.dumps(content, indent=1))
+        part.replace(beside / MANIFEST)
+        put()
 
-    agree(seal if dist.get_rank() == 0 else None)
+    first = dist.get_rank() == 0
+    agree(clear if first else None)
+    engine.save(beside)
+    agree(seal if first else None)
 
 
 def newest(folder: Path) -> Path:
@@ -50,13 +68,18 @@ def newest(folder: Path) -> Path:
     return complete[-1].parent
 
 
-def check(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Raise a ValueError that names what is wrong: a damaged file, or a setting that has changed."""
+def check(checkpoint: Path, settings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """The step and the progress of a checkpoint that is whole and of the same settings.
+
+    Raises:
+        ValueError: a file is damaged, or a setting has changed; it is named.
+    """
     how = f"Remove {checkpoint} to resume from the one before."
     path = checkpoint / MANIFEST
     try:
         manifest = json.loads(path.read_text())
         saved, files = dict(manifest["settings"]), dict(manifest["files"])
+        step, progress = int(manifest["step"]), dict(manifest["progress"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a readable manifest ({error!r}). {how}") from error
     for name, value in settings.items():
@@ -71,11 +94,16 @@ def check(checkpoint: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"{file}: truncated, {file.stat().st_size} bytes instead of {size}. {how}")
         if checksum(file) != value:
             raise ValueError(f"{file}: damaged, its content is not what was saved. {how}")
+    return step, progress
 
 
-def load(engine: Any, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Every rank calls this. Returns the `client` dict of the newest checkpoint, or raises on every rank."""
+def load(engine: Engine, folder: Path, settings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """The step and the `progress` of the newest checkpoint, which `engine` has then. Every rank calls this.
+
+    Raises:
+        AgreedError: on every rank, where there is no checkpoint that fits.
+    """
     checkpoint = agree(lambda: newest(folder))
-    agree(lambda: check(checkpoint, settings))
-    _, client = engine.load_checkpoint(str(folder), tag=checkpoint.name)
-    return client
+    step, progress = agree(lambda: check(checkpoint, settings))
+    engine.load(checkpoint)
+    return step, progress

@@ -10,14 +10,14 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class StepTimes:
-    """Seconds of each whole step (clipping, communication, update) and of the optimizer's own part of it."""
+    """Seconds of each training step: of all of it, of engine.step() in it, and of the optimizer's own part of that."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self.device = device
+        self.training: list[float] = []
         self.whole: list[float] = []
         self.optimizer: list[float] = []
-        self.begun = 0.0
-        self.inside = 0.0
+        self.begun = self.inside = self.stepping = 0.0
         # ZeRO steps once for each group or sub-group: the parts of one step are added up.
         optimizer.register_step_pre_hook(self._begin)
         optimizer.register_step_post_hook(self._end)
@@ -34,14 +34,22 @@ class StepTimes:
         self.inside += self.now() - self.begun
 
     @contextmanager
-    def step(self, keep: bool) -> Iterator[None]:
-        """Time what is inside; `keep` is False for steps that are not typical."""
+    def iteration(self, keep: bool) -> Iterator[None]:
+        """Around a training step; `keep` is False for those that are not typical."""
         self.inside = 0.0
         begun = self.now()
         yield
         if keep:
-            self.whole.append(self.now() - begun)
+            self.training.append(self.now() - begun)
+            self.whole.append(self.stepping)
             self.optimizer.append(self.inside)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around engine.step(), in an iteration."""
+        begun = self.now()
+        yield
+        self.stepping = self.now() - begun
 
 
 MEMORY_MEANS = {

@@ -1,35 +1,33 @@
-"""Pretrain a GPT with DeepSpeed and the optimizer that its JSON names.
+"""Pretrain a GPT with the optimizer that a DeepSpeed JSON names, under DeepSpeed or FSDP2.
 
 `deepspeed --num_gpus 2 launch/pretrain.py --compare AdamW`: with Amos, then with AdamW, side by side.
+`torchrun --nproc_per_node 2 launch/pretrain.py --engine fsdp2`: the same job without DeepSpeed.
 `python launch/pretrain.py`: one process. The batches are the same for any number of ranks.
 """
 
 import argparse
 import json
-import logging
 import math
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 # Read when torch is imported: the profiler, which measures memory, talks across the bar.
 os.environ |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
-import amos_dist  # noqa: F401  "type": "Amos" in a DeepSpeed JSON
-import deepspeed
-import deepspeed.comm as dist
 import torch
+import torch.distributed as dist
 from amos_dist.bench import state_bytes
 from tqdm import tqdm
 
 import checkpoints
 import data
 import report
+from engines import MODULES, Engine, engine_of
 from measure import StepMemory, StepTimes
 from model import GPT, SIZES
-from ranks import AgreedError, agree, largest, mean, start
+from ranks import AgreedError, agree, environment, largest, mean
 
 HERE = Path(__file__).resolve().parent
 WARM_UP = 0.05  # share of the steps
@@ -39,7 +37,8 @@ UNTYPICAL_STEPS = 3  # the first steps allocate state and fill caches: their tim
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--deepspeed_config", type=Path, default=HERE / "zero2.json", help="JSON (launch/zero2.json)")
+    add("--deepspeed_config", type=Path, default=HERE / "zero2.json", help="of either engine (launch/zero2.json)")
+    add("--engine", choices=MODULES, default="deepspeed", help="what shards the model (%(default)s)")
     add("--optimizer", metavar="NAME", help="optimizer and scheduler from launch/NAME.json, or from a path")
     add("--compare", metavar="NAME", help="then train with this one, from the same start on the same batches")
     add("--size", choices=SIZES, default="small", help="size of the model (%(default)s)")
@@ -82,19 +81,18 @@ def configure(path: Path, optimizer: str | None, steps: int) -> dict[str, Any]:
     params = config.get("scheduler", {}).get("params", {})
     values = {"warmup_num_steps": max(1, round(WARM_UP * steps)), "total_num_steps": steps}
     params |= {name: value for name, value in values.items() if params.get(name) == "auto"}
-    config.setdefault("steps_per_print", 1 << 30)  # the bar shows progress
     return config
 
 
 @torch.no_grad()
-def evaluate(engine: Any, tokens: data.Tokens, windows: int) -> float:
+def evaluate(engine: Engine, tokens: data.Tokens, windows: int) -> float:
     """Mean loss over about `windows` windows, in nats for each token. Ranks share them in equal numbers."""
-    ranks, rank, micro = dist.get_world_size(), dist.get_rank(), engine.train_micro_batch_size_per_gpu()
+    ranks, rank, micro = dist.get_world_size(), dist.get_rank(), engine.micro
     count = max(1, windows // (ranks * micro)) * ranks * micro
     mine = tokens.spread(count, slice(rank, None, ranks))
-    engine.eval()
+    engine.train(False)
     losses = [engine(batch.to(engine.device)).double() for batch in mine.split(micro)]
-    engine.train()
+    engine.train(True)
     return mean(torch.stack(losses).mean(), engine.device)
 
 
@@ -104,42 +102,36 @@ def train(
     """One job, from the first or the resumed step to the last. Every rank returns the same report."""
     name = config["optimizer"]["type"]
     torch.manual_seed(args.seed)
-    model = GPT(SIZES[args.size])
-    engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())
-    engine.train()
+    engine = engine_of(args.engine)(GPT(SIZES[args.size]), config)
+    engine.train(True)
     ranks, rank, device = dist.get_world_size(), dist.get_rank(), engine.device
-    micro, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
-    batch = engine.train_batch_size()
 
     # What must agree for a resumed job to continue exactly.
     folder = args.out / "checkpoints" / name.lower()
     settings = {"optimizer": name, "size": args.size, "seed": args.seed, "steps": args.steps}
-    settings |= {"batch": batch, "ranks": ranks, "ZeRO stage": engine.zero_optimization_stage()}
-    run = report.Run(name=name, memory_of=device.type)
+    settings |= {"batch": engine.batch, "ranks": ranks, **engine.settings}
+    run = report.Run(name=name, engine=args.engine, memory_of=device.type)
     done = 0
     if args.resume:
-        client = checkpoints.load(engine, folder, settings)
-        done, run.losses, run.validation = client["step"], client["losses"], client["validation"]
+        done, progress = checkpoints.load(engine, folder, settings)
+        run.losses, run.validation = progress["losses"], progress["validation"]
 
-    times, memory = StepTimes(engine.basic_optimizer, device), StepMemory()
+    times, memory = StepTimes(engine.optimizer, device), StepMemory()
     profiled = min(done + UNTYPICAL_STEPS, args.steps)
     begun = time.perf_counter()
     steps = range(done + 1, args.steps + 1)
     bar = tqdm(steps, desc=name, initial=done, total=args.steps, unit="step", ncols=100, disable=rank != 0)
     for step in bar:
         losses = []
-        for part in range(accumulation):
-            first = (part * ranks + rank) * micro
-            loss = engine(train_tokens.batch(args.seed, step, batch, slice(first, first + micro)).to(device))
-            losses.append(loss.detach())
-            engine.backward(loss)
-            if part < accumulation - 1:
-                engine.step()
-        if step == profiled:
-            with memory.watch(device):
-                engine.step()
-        else:
-            with times.step(keep=step > done + UNTYPICAL_STEPS or args.steps - done <= UNTYPICAL_STEPS):
+        short = args.steps - done <= UNTYPICAL_STEPS
+        with times.iteration(keep=(step > done + UNTYPICAL_STEPS or short) and step != profiled):
+            for part in range(engine.accumulation):
+                first = (part * ranks + rank) * engine.micro
+                mine = slice(first, first + engine.micro)
+                loss = engine(train_tokens.batch(args.seed, step, engine.batch, mine).to(device))
+                losses.append(loss.detach())
+                engine.backward(loss, last=part == engine.accumulation - 1)
+            with memory.watch(device) if step == profiled else times.step():
                 engine.step()
 
         run.losses.append(mean(torch.stack(losses).mean(), device))
@@ -148,25 +140,24 @@ def train(
         if step % args.eval_every == 0 or step == args.steps:
             run.validation.append((step, evaluate(engine, held_out, args.eval_windows)))
         if args.save_every and step % args.save_every == 0:
-            client = {"step": step, "losses": run.losses, "validation": run.validation}
-            checkpoints.save(engine, folder, step, settings, client)
-        bar.set_postfix_str(run.progress(), refresh=False)
+            progress = {"losses": run.losses, "validation": run.validation}
+            checkpoints.save(engine, folder, step, settings, progress)
+        bar.set_postfix_str(f"{run.progress()}, lr {engine.lr:.2g}", refresh=False)
 
     run.seconds = time.perf_counter() - begun
-    run.state_bytes = int(largest(state_bytes(engine.basic_optimizer), device))
+    run.state_bytes = int(largest(state_bytes(engine.optimizer), device))
     run.step_bytes = int(largest(memory.peak, device))
-    run.step_ms, run.optimizer_ms = (
-        largest(1e3 * report.median(seconds), device) for seconds in (times.whole, times.optimizer)
+    run.step_ms, run.optimizer_ms, run.training_ms = (
+        largest(1e3 * report.median(seconds), device) for seconds in (times.whole, times.optimizer, times.training)
     )
-    engine.destroy()
+    engine.close()
     return run
 
 
 def main() -> None:
     args = arguments()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings about defaults would drown the bar
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
-    start(args.local_rank)
+    environment(args.local_rank)
+    engine_of(args.engine).join()
     try:
         names = [args.optimizer] + ([args.compare] if args.compare else [])
         configs = agree(lambda: [configure(args.deepspeed_config, name, args.steps) for name in names])
@@ -178,9 +169,9 @@ def main() -> None:
         train_tokens, held_out = agree(lambda: [data.Tokens(file, size.sequence, size.vocabulary) for file in files])
         runs = [train(args, config, train_tokens, held_out) for config in configs]
         if dist.get_rank() == 0:
-            report.write(runs, args.out, f"{args.size} GPT, {dist.get_world_size()} ranks")
+            report.write(runs, args.out, f"{args.size} GPT, {args.engine}, {dist.get_world_size()} ranks")
     except AgreedError as error:
-        print(f"rank {dist.get_rank()}: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"rank {dist.get_rank()}: {error}\n")  # print would write the end of the line by itself
         dist.barrier()  # the launcher ends all ranks when the first is gone: let each say it
         sys.exit(1)
     dist.barrier()

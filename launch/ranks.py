@@ -1,14 +1,12 @@
-"""What ranks do together: start, agree that something worked, and average numbers."""
+"""What ranks do together: know who they are, agree that something worked, and average numbers."""
 
 import os
 import socket
 from collections.abc import Callable
 from typing import TypeVar
 
-import deepspeed
-import deepspeed.comm as dist
 import torch
-from deepspeed.accelerator import get_accelerator
+import torch.distributed as dist
 
 T = TypeVar("T")
 
@@ -19,8 +17,8 @@ class AgreedError(ValueError):
     """An error that every rank raises at the same place, so that ending needs no kill and nobody waits."""
 
 
-def start(local_rank: int) -> None:
-    """Join the other ranks, or be the only one, on this rank's device: a GPU if there are any."""
+def environment(local_rank: int) -> None:
+    """Say in the environment who this rank is, where no launcher has: then it is the only one."""
     if "RANK" not in os.environ and not any(name in os.environ for name in STARTED_BY):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -29,9 +27,6 @@ def start(local_rank: int) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if "LOCAL_RANK" not in os.environ and local_rank >= 0:
         os.environ["LOCAL_RANK"] = str(local_rank)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo will do: compile nothing at start
-    deepspeed.init_distributed(verbose=False)
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def agree(work: Callable[[], T] | None) -> T:

@@ -13,6 +13,7 @@ class Run:
     """One training job. Losses are in nats for each token; bytes and times are the largest over ranks."""
 
     name: str
+    engine: str
     memory_of: str  # the kind of device whose memory was watched
     losses: list[float] = field(default_factory=list)  # one for each step
     validation: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
@@ -20,6 +21,7 @@ class Run:
     step_bytes: int = 0  # what the step adds at its peak, on top of the state
     optimizer_ms: float = 0.0
     step_ms: float = 0.0
+    training_ms: float = 0.0
     seconds: float = 0.0
 
     def progress(self) -> str:
@@ -50,6 +52,7 @@ def table(runs: list[Run]) -> str:
         ("peak memory of the step, bytes (1)", [run.state_bytes + run.step_bytes for run in runs], ",.0f"),
         ("step time, optimizer alone, ms (2)", [run.optimizer_ms for run in runs], ".3f"),
         ("step time, whole engine.step(), ms (3)", [run.step_ms for run in runs], ".3f"),
+        ("the same with forward and backward, ms", [run.training_ms for run in runs], ".3f"),
         ("training, seconds", [run.seconds for run in runs], ".1f"),
     ]
     cells = [["", *(run.name for run in runs)] + ["ratio"] * (len(runs) == 2)]
@@ -66,7 +69,7 @@ def table(runs: list[Run]) -> str:
         "Bytes and times are those of the rank that has the most.",
         f"(1) the state and what engine.step() adds at its peak: {MEMORY_MEANS[runs[0].memory_of]}.",
         "(2) median over steps of the base optimizer's own step(); for Amos with its all-reduce.",
-        "(3) the same with DeepSpeed's clipping and communication.",
+        "(3) the same with clipping, and with what the engine sends then: DeepSpeed the new parameters.",
     ]
     return "\n".join([*lines, "", *notes])
 

@@ -8,6 +8,7 @@ from . import dtensor, whole, zero
 from .layout import Cut, Layout, Original
 from .piece import Block, Piece, Tile, cut_rows
 from .reduce import Pending, Reduction, disagreement, joined, neighbours
+from .whole import followers
 
 __all__ = [
     "Block",
@@ -20,6 +21,7 @@ __all__ = [
     "Tile",
     "cut_rows",
     "disagreement",
+    "followers",
     "joined",
     "layout_of",
     "neighbours",

@@ -62,6 +62,7 @@ class Original:
         group: the number of its parameter group. place: its number there.
         trainable: whether it required a gradient then: what frameworks copy or flatten is decided at that time.
         row_dims: of its matrix view for the kind of moments that it has: none for "scalar", all for "full".
+        measured: the scale that sigma="auto" has found, or that was loaded.
         rows, cols: that matrix: "scalar" is 1 x numel, "full" is numel x 1.
     """
 
@@ -73,6 +74,7 @@ class Original:
     shape: tuple[int, ...]
     row_dims: int
     trainable: bool
+    measured: float | None = None
 
     @property
     def rows(self) -> int:

@@ -9,59 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed.harness import launch
+from tests.integration.pretraining import LAUNCH, copy_of, losses, pretrain, refused
 
 pytest.importorskip("deepspeed")
-
-LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-
-
-def pretrain(*arguments: str | int | Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    options = ("--size", "tiny", "--eval-windows", 32)
-    return launch(LAUNCH / "pretrain.py", *options, *arguments, ranks=ranks)
-
-
-def losses(folder: Path) -> list[float]:
-    (run,) = json.loads((folder / "results.json").read_text())
-    return run["losses"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text that is easy to learn: 40 words in random order."""
-    folder = tmp_path_factory.mktemp("corpus")
-    random = np.random.default_rng(0)
-    words = [bytes(random.integers(97, 123, size=5, dtype=np.uint8)) + b" " for _ in range(40)]
-    for name, count in (("train", 8000), ("validation", 800)):
-        text = b"".join(words[i] for i in random.integers(0, 40, size=count))
-        np.save(folder / f"{name}.npy", np.frombuffer(text, dtype=np.uint8))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """10 steps on 2 ranks without a break, with checkpoints after 5 and 10."""
-    out = tmp_path_factory.mktemp("saved")
-    done = pretrain("--data", corpus, "--steps", 10, "--save-every", 5, "--out", out)
-    assert done.returncode == 0, done.stdout
-    return out
-
-
-def copy_of(saved: Path, folder: Path) -> Path:
-    """The checkpoints of `saved` as they were after 5 steps; returns that checkpoint."""
-    checkpoints = folder / "checkpoints"
-    subprocess.run(["cp", "-r", saved / "checkpoints", checkpoints], check=True)
-    subprocess.run(["rm", "-r", checkpoints / "amos" / "step000010"], check=True)
-    return checkpoints / "amos" / "step000005"
-
-
-def refused(result: subprocess.CompletedProcess[str], *words: str | Path, ranks: int = 2) -> None:
-    """It ended with an error, and every rank said one sentence that has `words` in it."""
-    assert result.returncode != 0, result.stdout
-    for rank in range(ranks):
-        said = [line for line in result.stdout.splitlines() if f"rank {rank}: " in line]
-        assert said and all(str(word) in said[0] for word in words), result.stdout
-    assert "Traceback" not in result.stdout
 
 
 def test_one_rank_learns(corpus: Path, tmp_path: Path) -> None:
