@@ -13,7 +13,7 @@ from . import ops
 from .columns import CutColumns
 from .member import Member
 from .sharding import dtensor
-from .state import FLOAT_STATE, State, compute_dtype
+from .state import FLOAT_STATE, WHOLE_STATE, State, compute_dtype
 from .tables import Blocks, Constants, Numbers
 from .travel import Travel
 
@@ -40,7 +40,8 @@ class Launch:
         self.places: list[dict[str, int]] = []  # where each tensor's state begins in the buffer
         self.size = 0  # of that buffer
         self.state = self.steps = torch.empty(0)
-        self._bound: list[Tensor] = []
+        self._bound: list[Any] = []  # all that was in the states when they were last looked at, and what of it is ours
+        self._own: list[Tensor] = []
         self._watched: list[tuple[State, str]] = []  # one of each state: who moves its data moves all of it
         self._addresses: list[int] = []
         self._masks: dict[tuple[bool, ...], Tensor] = {}
@@ -82,6 +83,7 @@ class Launch:
         for state, key, part in new:  # all is there: nothing can fail any more
             state[key] = dtensor.held_in(part, state[key])
         self._bound = [value for state in self.states for value in state.values()]
+        self._own = self._own_values()
         self._watched = [(state, "decay" if "decay" in state else "step") for state in self.states]
         self._addresses = self._find_addresses()
         self._versions = [None] * len(self.tensors)
@@ -113,8 +115,14 @@ class Launch:
         """Whether the states are still these views: loading, hooks and users replace them, offloading moves them."""
         found = [value for state in self.states for value in state.values()]
         if len(found) != len(self._bound) or not all(map(operator.is_, found, self._bound)):
-            return False
+            own = self._own_values()
+            if len(own) != len(self._own) or not all(map(operator.is_, own, self._own)):
+                return False
+            self._bound = found  # somebody keeps things of their own there
         return self._addresses == self._find_addresses()
+
+    def _own_values(self) -> list[Tensor]:
+        return [state[key] for state in self.states for key in ("step", *FLOAT_STATE, *WHOLE_STATE) if key in state]
 
     def count(self, present: list[bool] | None) -> None:
         if present is None:

@@ -13,6 +13,29 @@ from .sharding import Layout, Original, dtensor
 from .state import State, kept_dims, refuse_foreign, refuse_shapes
 
 
+def in_own_terms(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The same with the numbers of this optimizer's groups, and measured sigmas in the order of its named parameters.
+
+    torch.distributed.checkpoint finds a parameter's state by its name, but hands over groups as they were saved.
+    """
+    saved = state_dict.get("param_groups", [])
+    if len(saved) != len(groups) or not all("measured_sigma" in each for each in saved):
+        return state_dict
+    own = [
+        {**each, "amos_group": group["amos_group"], "measured_sigma": _in_order(each, group.get("param_names", ()))}
+        for each, group in zip(saved, groups, strict=True)
+    ]
+    return {**state_dict, "param_groups": own}
+
+
+def _in_order(saved: dict[str, Any], names: Sequence[str]) -> list[float | None]:
+    measured, there = list(saved["measured_sigma"]), saved.get("param_names", ())
+    if not names or len(there) != len(measured) or not set(names) <= set(there):
+        return measured
+    by_name = dict(zip(there, measured, strict=True))
+    return [by_name[name] for name in names]
+
+
 def refuse_state_dict(
     state_dict: dict[str, Any],
     groups: Sequence[dict[str, Any]],
@@ -53,11 +76,11 @@ def refuse_state_dict(
         for original in (o for o in originals if o.group == saved["amos_group"]):
             measured = saved["measured_sigma"]
             if setting(original, {"sigma": "auto", **saved}, "sigma") == "auto" and (
-                original.place >= len(measured) or measured[original.place] is None
+                len(measured) != len(group["measured_sigma"]) or measured[original.place] is None
             ):
                 raise ValueError(
-                    f"the state_dict has no sigma for {original.name!r}. "
-                    "Build the optimizer with the `sigma` and the rules that the checkpoint was written with."
+                    f"the state_dict has no sigma for {original.name!r}. Build the optimizer with the groups, the "
+                    "`sigma` and the rules that the checkpoint was written with; named parameters may be fewer."
                 )
 
 

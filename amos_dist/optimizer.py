@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import amp, checkpoint, settings
 from . import rules as module_rules
-from .loading import refuse_other_views, refuse_state_dict
+from .loading import in_own_terms, refuse_other_views, refuse_state_dict
 from .member import Member, is_lost, make_state, member_of
 from .originals import (
     Surroundings,
@@ -142,16 +142,22 @@ class Amos(Optimizer):
         super().__init__(params, defaults)
         self._rules.refuse_useless([original.name for original in self._originals])
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch's GradScaler leaves it to us to skip steps: see amp.py."""
+        return any(dtensor.is_dtensor(tensor) for group in self.param_groups for tensor in group["params"])
+
     # ---- groups ------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; sigma="auto" is measured now. Nothing has changed where this raises."""
         if isinstance(param_group, dict):
             param_group = {**param_group}  # what is noted in it must not reach the caller's
-            if isinstance(named := param_group.get("params"), list):
+            params = param_group.get("params")
+            if isinstance(params, Iterable) and not isinstance(params, (Tensor, set)):  # a set is refused by torch
                 param_group["params"] = [
                     (each[0], module_rules.current(each[1])) if isinstance(each, tuple) and len(each) == 2 else each
-                    for each in named
+                    for each in params
                 ]
             settings.check_keys(param_group, "a parameter group", settings.GROUP_KEYS, strict=False)
             settings.check({key: value for key, value in param_group.items() if key in settings.KEYWORDS})
@@ -205,7 +211,6 @@ class Amos(Optimizer):
         if not any(map(dtensor.is_dtensor, tensors)):
             return
         follow(self.param_groups, self._originals, self.state)
-        self._step_supports_amp_scaling = True  # GradScaler then leaves skipping to us: see amp.py
         for member in self._members(map(self._is_stepped, tensors)):
             if not self.state.get(member.tensor) or is_lost(self.state[member.tensor], member.tensor):
                 self._complete(member)
@@ -230,7 +235,9 @@ class Amos(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every parameter that has a gradient. closure: reevaluates the model and returns the loss.
 
-        Every rank of a process group must call this. Nothing has changed where it raises an error about its input.
+        Every rank of a process group must call this. Nothing has changed where it raises an error about its input. What
+        is wrong on one rank before its first step is an error on every rank; later on it is one there alone, because
+        asking would cost every step a wait for the device.
 
         Raises:
             RuntimeError: sparse or complex gradients; a layout or a state that does not fit.
@@ -253,11 +260,15 @@ class Amos(Optimizer):
             refuse_gradients(tensors, {id(original.param): original.name for original in self._originals})
         plan = self._plan(tensors)
         if not plan.agreed:
-            plan.agree(facts_of(self._originals, self._kinds, self._overrides, self.param_groups))
+            plan.agree(self._facts)
         if not plan.is_trial(self.state):
             found_inf = amp.unscaled(self, grads)
             plan.run(self.state, self._constants_of, found_inf)
         return loss
+
+    def _facts(self, keys: Collection[int] | None) -> list[str]:
+        chosen = [original for original in self._originals if keys is None or original.key in keys]
+        return facts_of(chosen, self._kinds, self._overrides, self.param_groups)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Schedulers and users change groups between steps: checks their values when they have changed."""
@@ -293,18 +304,22 @@ class Amos(Optimizer):
             tuple([tensor.device for tensor in tensors]),
             tuple((id(g), len(g["params"]), bool(g["momentum"]), *(g[k] for k in keywords)) for g in self.param_groups),
         )
-        plans = self._plans.setdefault(key[0][0], {})
+        plans, agreed = self._plans.setdefault(key[0][0], {}), False
         if key in plans:
             if plans[key].fits(self.state):
                 return plans[key]
-            del plans[key]  # a fault that may be mended, or the state was replaced: make it anew
+            # A fault that may be mended, or the state was replaced, maybe on this rank alone: made anew, but the ranks
+            # need not agree again, for which the others would not come.
+            agreed = plans.pop(key).agreed
         follow(self.param_groups, self._originals, self.state)
         members = self._members(stepped)
         for member in members:
             member.fault = member.fault or self._complete(member)
+            if member.fault and agreed:
+                raise RuntimeError(member.fault)
         while len(plans) >= 4:  # freezing parameters makes new plans, and each has a workspace
             del plans[next(iter(plans))]
-        plans[key] = Plan(members, self._kinds)
+        plans[key] = Plan(members, self._kinds, agreed)
         return plans[key]
 
     def _is_stepped(self, tensor: Tensor) -> bool:
@@ -312,7 +327,7 @@ class Amos(Optimizer):
 
         Of a DTensor every rank must say the same, and ranks may differ in the gradients that they have.
         """
-        if tensor.requires_grad or tensor in self.state:
+        if tensor.requires_grad or self.state.get(tensor):  # to ask for a state makes an empty one
             return True
         return tensor.grad is not None and not dtensor.is_dtensor(tensor)
 
@@ -384,7 +399,7 @@ class Amos(Optimizer):
         arrived: list[dict[str, Any]] = []  # what the user's own hooks, which run first, made of it
 
         def refuse(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            final = checkpoint.own_part(given)
+            final = in_own_terms(checkpoint.own_part(given), self.param_groups)
             refuse_state_dict(final, self.param_groups, self._originals, self._kinds, self._setting)
             for saved in final["param_groups"]:
                 refuse_other_views({**settings.DEFAULTS, **saved}, self._built)

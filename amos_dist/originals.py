@@ -168,7 +168,7 @@ def facts_of(
     overrides: dict[int, dict[str, Any]],
     groups: list[dict[str, Any]],
 ) -> list[str]:
-    """What must be the same on all ranks: versions, hyper-parameters and parameters, a line for each.
+    """What must be the same on all ranks that cut `originals`: versions, hyper-parameters, parameters; a line for each.
 
     Args:
         kinds, overrides: moments, and keywords that rules have set, by key.
@@ -176,10 +176,11 @@ def facts_of(
     info = build_info()
     facts = [f"amos_dist {info['version']}", f"torch {info['torch']}", f"extension={info['extension']}"]
     for group in groups:
-        for key in settings.KEYWORDS:
+        mine = [original for original in originals if original.group == group["amos_group"]]
+        for key in settings.KEYWORDS if mine else ():
             value = float(group[key]) if isinstance(group[key], Tensor) else group[key]
             facts.append(f"{key}={value!r} in parameter group {group['amos_group']}")
-        for original in (o for o in originals if o.group == group["amos_group"]):
+        for original in mine:
             facts.append(f"parameter {original.name!r} of shape {original.shape} with {kinds[original.key]} moments")
             facts += [f"{key}={value!r} for {original.name!r}" for key, value in overrides[original.key].items()]
             if (scale := measured_of(original, group)) is not None:

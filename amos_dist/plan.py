@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -146,11 +146,11 @@ class Plan:
     Args:
         members: the tensors, in the same order on every rank.
         kinds: the moments of each parameter, by key.
+        agreed: the ranks have agreed on such a plan before: see `agree`.
     """
 
-    def __init__(self, members: list[Member], kinds: dict[int, str]) -> None:
-        self.members = members
-        self.agreed = self.bound = False
+    def __init__(self, members: list[Member], kinds: dict[int, str], agreed: bool = False) -> None:
+        self.members, self.agreed, self.bound = members, agreed, False
         together: dict[tuple[torch.device, torch.dtype], list[Member]] = {}
         for member in members:
             together.setdefault((member.tensor.device, compute_dtype(member.tensor)), []).append(member)
@@ -191,13 +191,13 @@ class Plan:
         for launch in self.launches:
             launch.stale = True
 
-    def agree(self, facts: Sequence[str]) -> None:
+    def agree(self, facts_of: Callable[[Collection[int] | None], list[str]]) -> None:
         """Once: all ranks of the process groups can take this step, and reduce the same numbers.
 
         A fault goes from group to group, so that it is known also where no group is shared with the rank that has it.
 
         Args:
-            facts: what must be the same on all ranks.
+            facts_of: what must be the same on all ranks that cut the parameters of these keys; None: of all.
 
         Raises:
             RuntimeError: on every rank, where any rank cannot take this step, or ranks differ.
@@ -206,6 +206,10 @@ class Plan:
             return
         fault = next((member.fault for member in self.members if member.fault), "")
         for group in dict.fromkeys(group for member in self.members for group in member.layout.fellows):
+            some = [member.layout for member in self.members if group in member.layout.fellows]
+            # Which parameters a partition has parts of differs from rank to rank; other ranks may have other experts.
+            partitions = any(layout.is_partition for layout in some)
+            facts = facts_of(None if partitions else {layout.tile.key for layout in some if layout.tile})
             size = sum(bucket.travel.numbers_of(group) for bucket in self.buckets)
             fault = disagreement(group, fault, [*facts, f"{size} numbers to be added up over ranks"])
         if fault:

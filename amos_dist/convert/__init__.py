@@ -64,12 +64,22 @@ def convert(
         with written_beside(destination) as new:
             try:
                 checkpoint = _read(kind, source, tag, model_key, optimizer_key, new.parent, workers)
-            except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # what should be there is not
+            except (
+                LookupError,
+                TypeError,
+                AttributeError,
+                RuntimeError,
+                OSError,
+            ) as error:  # what should be there is not
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise ValueError(f"{source} is no complete checkpoint ({reason}). Give another one.") from error
             if dtype is not None:
                 checkpoint = cast(checkpoint, DTYPES[dtype])
-            return _write(to, checkpoint, new, str(source), flatten, write_as)
+            try:
+                return _write(to, checkpoint, new, str(source), flatten, write_as)
+            except (LookupError, TypeError, AttributeError) as error:  # a file that somebody has changed
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise ValueError(f"the parts of {source} do not fit together ({reason}). Give another one.") from error
     except (OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{destination} cannot be written ({reason}). Nothing has changed: try again.") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,6 +62,10 @@ def refuse_destination(source: Path, destination: Path, force: bool) -> None:
         raise ValueError(f"{destination} is there already. Give another destination, or --force to replace it.")
     if here in there.parents:
         raise ValueError(f"{destination} is a part of the source, {source}. Give another destination.")
+    if destination.is_file() and not zipfile.is_zipfile(destination):  # which torch.save writes
+        raise ValueError(
+            f"--force replaces checkpoints, and {destination} is another file. Give another destination, or remove it."
+        )
     if destination.is_dir() and any(destination.iterdir()):
         try:
             kind_of(destination)

@@ -62,6 +62,6 @@ def layout_of(
         raise RuntimeError(
             f"the tensor at place {index} of a parameter group, of shape {tuple(tensor.shape)}, is not one of the "
             "group's parameters nor a partition of them that amos_dist knows. "
-            "Use plain torch, DDP or DeepSpeed ZeRO 0 to 3, and do not replace `params` of a group by hand."
+            "Use plain torch, DDP, FSDP2 or DeepSpeed ZeRO 0 to 3, and do not replace `params` of a group by hand."
         )
     return layout

@@ -392,6 +392,18 @@ def scaled(case: dict[str, Any]) -> dict[str, Any]:
     return {**worst, "moved": moved, "scales": scales, "steps": steps, "calls": sharded.calls}
 
 
+def experts(case: dict[str, Any]) -> dict[str, Any]:
+    """Each rank has an expert of its own, of another name and scale, beside what all ranks cut."""
+    mesh, rank = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank()
+    dense = nn.Parameter(distribute_tensor(torch.randn(6, 4, generator=torch.Generator().manual_seed(1)), mesh))
+    own = nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(2 + rank)) * (1 + rank))
+    optimizer = amos_dist.Amos([("dense", dense), (f"experts.{rank}", own)], **case["params"])
+    for _ in range(2):
+        dense.grad, own.grad = torch.ones_like(dense), torch.ones_like(own)
+        optimizer.step()
+    return {"steps": [int(optimizer.state[param]["step"]) for param in (dense, own)]}
+
+
 def early(case: dict[str, Any]) -> dict[str, Any]:
     """Groups that were made before the model was sharded follow its parameters."""
     model = make_model()
@@ -408,7 +420,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     do = {
         each.__name__: each
-        for each in (train, synthetic, save, load, refuse, differ, dry, again, follow, lonely, scaled, early)
+        for each in (train, synthetic, save, load, refuse, differ, dry, again, follow, lonely, scaled, experts, early)
     }
     results = []
     for one in received():

@@ -77,6 +77,7 @@ MORE = [
     case("fsdp", "lonely", do="lonely"),
     case("fsdp", "follow", do="follow", dtype="bf16", params={**PARAMS, "master_weights": True}),
     case("fsdp", "early", do="early", params=AUTO),
+    case("fsdp", "experts", do="experts", params=AUTO),
 ]
 
 SCALED = {
@@ -317,3 +318,10 @@ def test_masters_follow_loaded_weights() -> None:
 def test_groups_made_before_sharding() -> None:
     for rank in results(2):
         assert rank["fsdp: early"]["wrong"] == []
+
+
+@pytest.mark.timeout(450)
+def test_ranks_may_have_parameters_of_their_own() -> None:
+    """They are no disagreement about those that the ranks share."""
+    for rank in results(2):
+        assert rank["fsdp: experts"]["steps"] == [2, 2]

@@ -292,20 +292,21 @@ def refusals(folder: Path) -> dict[str, tuple[Any, Tree]]:
 def test_refusals_say_what_and_what_to_do_and_leave_everything(folder: Path) -> None:
     table = refusals(folder)
     target = folder / "target"
-    target.write_text("mine")
-    before = sorted(folder.rglob("*"))
+    torch.save("mine", target)
+    before, mine = sorted(folder.rglob("*")), target.read_bytes()
     for expected, (source, keywords) in table.items():
         with pytest.raises(ValueError, match=expected) as caught:
             convert(folder / source, target, **{"to": "dcp", "force": True, **keywords})
         text = str(caught.value)
         assert text.endswith(".") and ". " in text, text
-        assert (target.read_text(), sorted(folder.rglob("*"))) == ("mine", before), expected
+        assert (target.read_bytes(), sorted(folder.rglob("*"))) == (mine, before), expected
 
 
 def test_destinations_that_are_refused(folder: Path) -> None:
     (folder / "mine").mkdir()
     (folder / "mine/thesis").touch()
     (folder / "dcp/part").mkdir()
+    (folder / "notes.md").write_text("mine")
     for destination, force, expected in [
         ("b/c.pt", False, "is no folder that can be written to"),
         ("a.pt", False, "is there already"),
@@ -313,6 +314,7 @@ def test_destinations_that_are_refused(folder: Path) -> None:
         ("", True, "holds the source"),
         ("dcp/part", True, "is a part of the source"),
         ("mine", True, "is a folder of other things"),
+        ("notes.md", True, "is another file"),
     ]:
         with pytest.raises(ValueError, match=expected):
             convert(folder / "dcp", folder / destination, "plain", force=force)
