@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to two trained models side by side: Amos and AdamW, with a table and a plot.
 #
-#   launch/quickstart.sh [--here] [arguments of launch/pretrain.py: --steps, --out, --size, --data, --seed ...]
+#   launch/quickstart.sh [--here] [arguments of launch/pretrain.py: --steps, --engine, --out, --size, --data, --seed ...]
 #
 # It installs what is missing first: see launch/install.sh, which --here is for.
 set -euo pipefail
