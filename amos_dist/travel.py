@@ -124,7 +124,7 @@ class Travel:
         return self.places.get((INFINITE, 0, 0))
 
     def flag(self, key: int) -> int | None:
-        """The place where ranks count who has a gradient for a parameter; None: every rank decides for itself."""
+        """The place where ranks count who has a gradient for a parameter; None: it is not cut, and each decides."""
         return self.places.get((FLAG, key, 0))
 
     def begin(self, work: Tensor, absent: list[int], found_inf: Tensor | None) -> None:

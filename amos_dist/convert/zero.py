@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from .. import settings
+from ..checkpoint import ENTRY, SETTINGS
 from ..state import FLOAT_STATE, refuse_foreign
 from .canonical import Checkpoint, tied
 from .files import is_tag, is_universal, progress
 
-# In the first parameter group: Amos's state by name; and the keywords of all groups, of which ZeRO-3 loads one.
-AMOS_STATE, AMOS_GROUPS = "amos_state", "amos_groups"
 MISSING = "amos_missing"  # in the file of a plane that stands there only because ZeRO-3 asks for it
 TRAINING = ("lr_scheduler", "global_steps", "global_samples", "skipped_steps", "data_sampler", "random_ltd")
 # Of a *_model_states.pt; the rest is what the user gave save_checkpoint as client_state.
@@ -125,9 +124,9 @@ def _read_universal(folder: Path, source: Path) -> Checkpoint:
             "Save it with data parallelism only."
         )
     groups = [{**group} for group in common.get("param_groups", ())]
-    entries = groups[0].pop(AMOS_STATE, None) if groups else None
+    entries = groups[0].pop(ENTRY, None) if groups else None
     for group in groups:
-        group.pop(AMOS_GROUPS, None)
+        group.pop(SETTINGS, None)
     if not entries:
         raise ValueError(
             f"{source} has no state of Amos: another optimizer wrote it. "
@@ -260,7 +259,7 @@ def write(checkpoint: Checkpoint, path: Path, source: str, tag: str = "universal
     entries = {name: _entry(state, sigmas[name]) for name, state in states.items()}
     keywords = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     written = [{**group, "params": [number]} for number, group in enumerate(keywords)]
-    written[0] |= {AMOS_STATE: entries, AMOS_GROUPS: keywords}
+    written[0] |= {ENTRY: entries, SETTINGS: keywords}
     optimizer = {"state": {0: {"step": step}}, "param_groups": written}
     version = _version()
     # Stages 1 and 2 look for the groups at the top, stage 3 beside the state.

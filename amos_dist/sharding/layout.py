@@ -27,7 +27,7 @@ class Layout:
     pieces: the parts of parameters that the tensor holds, in order of their offset; of a DTensor one tile.
     groups: the process groups over which the cut parameters are spread; none: this process holds them whole.
     cuts: of a flat partition, which has one group: the same list, in the same order, on every rank, whatever it holds.
-    fellows: those whose ranks must step together, or not at all: `groups`, and where they are replicas of each other.
+    fellows: those whose ranks agree before the first step: `groups`, and where they are replicas of each other.
     row_groups, column_groups: of a tile: those of `groups` over which the sums of its rows, of its columns are added.
     fault: why the layout cannot be trusted, "" if it can. Every rank learns of it before the first step.
     clone: the tensor is a framework's copy of a whole parameter, which is stepped once with zeros at start.
