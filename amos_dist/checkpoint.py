@@ -164,10 +164,18 @@ def _empty_entry(original: Original, kind: str, group: dict[str, Any]) -> State:
     entry = {"step": torch.zeros(())}
     for key, shape in whole_shapes(kind, original.shape, original.row_dims).items():
         entry[key] = torch.zeros(shape)
-    sigma = group["measured_sigma"][original.place]
-    if sigma is not None:  # by name, because loaders lose what is in the groups
-        entry["sigma"] = torch.tensor(sigma, dtype=torch.float64)
-    return entry
+    return entry | sigma_entry(group["measured_sigma"][original.place])
+
+
+def sigma_entry(measured: float | None) -> State:
+    """What an entry has of a sigma that was measured: by name, because loaders lose what is in the groups."""
+    return {} if measured is None else {"sigma": torch.tensor(measured, dtype=torch.float64)}
+
+
+def measured_in(entries: dict[str, State], names: Sequence[str]) -> list[float | None]:
+    """The sigmas that the entries of those parameters have, as a group's `measured_sigma`."""
+    sigmas = [entries.get(name, {}).get("sigma") for name in names]
+    return [None if sigma is None else float(sigma) for sigma in sigmas]
 
 
 def _planes(state: State, flat: Tensor) -> State:
@@ -261,8 +269,7 @@ def take(
             group.update(built[number])
         group.update({key: built[number][key] for key in ("moments", "row_dims")})  # entries that differ say it better
         group["amos_group"] = number
-        sigmas = [entries.get(o.name, {}).get("sigma") for o in originals if o.group == number]
-        group["measured_sigma"] = [None if sigma is None else float(sigma) for sigma in sigmas]
+        group["measured_sigma"] = measured_in(entries, [o.name for o in originals if o.group == number])
 
     partitions = [tensor for group in groups for tensor in group["params"]]
     fault = ""

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from . import settings
-from .member import state_shapes
-from .sharding import Layout, Original, dtensor
+from .member import misplaced, state_shapes
+from .sharding import Layout, Original
 from .state import State, kept_dims, refuse_foreign, refuse_shapes
 
 
@@ -113,8 +113,5 @@ def _refuse_state(state: State, tensor: Tensor, place: int, original: Original |
     kept = kept_dims(kinds[original.key], len(original.shape), original.row_dims)
     for key, value in state.items():
         dims = kept.get(key, range(len(original.shape)))
-        if key != "step" and not dtensor.is_placed(value, tensor, dims):
-            raise ValueError(
-                f"the state {key!r} of {name!r} is not sharded as the parameter is. "
-                "Load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
-            )
+        if key != "step" and (fault := misplaced(value, key, tensor, name, dims)):
+            raise ValueError(fault)

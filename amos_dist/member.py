@@ -72,6 +72,16 @@ def state_shapes(
     return whole_shapes(kinds[original.key], original.shape, original.row_dims)
 
 
+def misplaced(value: Any, key: str, tensor: Tensor, name: str, kept: range) -> str:
+    """What is wrong with how the state `key` of a parameter is cut, or nothing. kept: the dimensions that it has."""
+    if dtensor.is_placed(value, tensor, kept):
+        return ""
+    return (
+        f"the state {key!r} of {name!r} is not sharded as the parameter is. "
+        "Load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
+    )
+
+
 def is_lost(state: State, tensor: Tensor) -> bool:
     """Whether the state was made while the model was on the meta device, which it has left since."""
     return not tensor.is_meta and any(isinstance(value, Tensor) and value.is_meta for value in state.values())
@@ -130,11 +140,8 @@ def make_state(member: Member, state: State, original: Original | None, kinds: d
                 f"expected {math.prod(shape)}. The checkpoint is of another model, another number of ranks or "
                 "other `moments`: use the ones it was written with."
             )
-        if not dtensor.is_placed(state[key], tensor, kept.get(key, range(tensor.dim()))):
-            return (
-                f"the state {key!r} of {member.name!r} is not sharded as the parameter is. "
-                "Load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
-            )
+        if fault := misplaced(state[key], key, tensor, member.name, kept.get(key, range(tensor.dim()))):
+            return fault
         dtype = member.momentum_dtype if key == "momentum" else compute
         state[key] = state[key].to(tensor.device, dtype).contiguous()  # the model may have been moved since
     return ""

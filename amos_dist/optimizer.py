@@ -145,7 +145,7 @@ class Amos(Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether torch's GradScaler leaves it to us to skip steps: see amp.py."""
-        return any(dtensor.is_dtensor(tensor) for group in self.param_groups for tensor in group["params"])
+        return any(map(dtensor.is_dtensor, self._tensors()))
 
     # ---- groups ------------------------------------------------------------------------------------------------------
 
@@ -207,13 +207,16 @@ class Amos(Optimizer):
         Checkpoints that are read and written before the first step need it, and the same on every rank. Other
         frameworks put tensors of their own into the groups before they step.
         """
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        tensors = self._tensors()
         if not any(map(dtensor.is_dtensor, tensors)):
             return
         follow(self.param_groups, self._originals, self.state)
         for member in self._members(map(self._is_stepped, tensors)):
             if not self.state.get(member.tensor) or is_lost(self.state[member.tensor], member.tensor):
                 self._complete(member)
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for group in self.param_groups for tensor in group["params"]]
 
     def _names_of(self, group: dict[str, Any]) -> list[str]:
         if "param_names" in group:
@@ -247,7 +250,7 @@ class Amos(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        tensors = self._tensors()
         grads = [grad for tensor in tensors if (grad := tensor.grad) is not None]
         # Other ranks may have gradients of parameters that are cut over ranks: they wait for this one.
         if not grads and not any(map(dtensor.is_dtensor, tensors)):
@@ -289,9 +292,13 @@ class Amos(Optimizer):
         about = self._originals, self._kinds, self._setting
         if loaded := checkpoint.take(self._groups, self._built, self.state, *about):
             self._loaded = loaded
-            note_measured(self._groups, self._originals)
-            self._plans.clear()
-            self._checked.clear()
+            self._note_loaded(self._groups)
+
+    def _note_loaded(self, groups: list[dict[str, Any]]) -> None:
+        """What was made of the groups and the state before is of no use any more."""
+        note_measured(groups, self._originals)
+        self._plans.clear()
+        self._checked.clear()
 
     def _plan(self, tensors: list[Tensor]) -> Plan:
         """The plan of this step; made anew when the tensors, their dtypes or devices, or the state have changed."""
@@ -384,7 +391,7 @@ class Amos(Optimizer):
     def _partitions(self) -> list[Member]:
         """ZeRO's flat partitions, with their state."""
         own = {id(original.param) for original in self._originals}
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        tensors = self._tensors()
         members = [m for m in self._members(id(tensor) not in own for tensor in tensors) if m.layout.is_partition]
         for member in members:
             member.fault = member.fault or self._complete(member)
@@ -408,9 +415,7 @@ class Amos(Optimizer):
 
         def mend(_: Optimizer) -> None:
             put_back(arrived[0], self.param_groups, self.state)
-            note_measured(self.param_groups, self._originals)
-            self._plans.clear()
-            self._checked.clear()
+            self._note_loaded(self.param_groups)
 
         handles = (
             self.register_load_state_dict_pre_hook(refuse),

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from .canonical import DTYPES, Checkpoint, cast, numbered
-from .files import KINDS, kind_of, refuse_destination, written_beside
+from .files import KINDS, first_line, kind_of, refuse_destination, written_beside
 
 __all__ = ["Checkpoint", "add_arguments", "command", "convert", "numbered"]
 
@@ -81,8 +81,9 @@ def convert(
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise ValueError(f"the parts of {source} do not fit together ({reason}). Give another one.") from error
     except (OSError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{destination} cannot be written ({reason}). Nothing has changed: try again.") from error
+        raise ValueError(
+            f"{destination} cannot be written ({first_line(error)}). Nothing has changed: try again."
+        ) from error
 
 
 def _read(

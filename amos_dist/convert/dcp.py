@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from .canonical import Checkpoint, sections, tree_of
-from .files import progress
+from .files import first_line, progress
 
 
 def read(path: Path, model_key: str | None, optimizer_key: str | None) -> Checkpoint:
@@ -72,7 +72,7 @@ def _reason(error: BaseException) -> str:
     """In one line, of the first rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 class _Load(DefaultLoadPlanner):

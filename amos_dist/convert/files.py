@@ -97,6 +97,11 @@ def written_beside(destination: Path) -> Iterator[Path]:
             raise
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextlib.contextmanager
 def progress(text: str, total: int) -> Iterator[Callable[[], object]]:
     """A bar on a terminal, where tqdm is installed; what it gives is called after each of `total` things."""

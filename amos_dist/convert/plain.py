@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .canonical import Checkpoint, sections, tree_of
+from .files import first_line
 
 
 def read(path: Path, model_key: str | None, optimizer_key: str | None) -> Checkpoint:
@@ -26,7 +27,7 @@ def read(path: Path, model_key: str | None, optimizer_key: str | None) -> Checkp
             "Save tensors, numbers, strings, lists and dictionaries only."
         ) from None
     except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}). Give another file.") from None
+        raise ValueError(f"{path} cannot be read ({first_line(error)}). Give another file.") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds a {type(tree).__name__}, no dictionary. Give a file with a state_dict.")
     return sections(tree, str(path), model_key, optimizer_key)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from .. import settings
-from ..checkpoint import ENTRY, SETTINGS
+from ..checkpoint import ENTRY, SETTINGS, measured_in, sigma_entry
 from ..state import FLOAT_STATE, refuse_foreign
 from .canonical import Checkpoint, tied
-from .files import is_tag, is_universal, progress
+from .files import first_line, is_tag, is_universal, progress
 
 MISSING = "amos_missing"  # in the file of a plane that stands there only because ZeRO-3 asks for it
 TRAINING = ("lr_scheduler", "global_steps", "global_samples", "skipped_steps", "data_sampler", "random_ltd")
@@ -105,7 +105,7 @@ def _make_universal(folder: Path, universal: Path, workers: int) -> None:
             ds_to_universal.main(asked)
     except Exception as error:  # damaged files raise anything
         raise ValueError(
-            f"{folder} cannot be read: DeepSpeed says {type(error).__name__}: {_line(error)}. "
+            f"{folder} cannot be read: DeepSpeed says {type(error).__name__}: {first_line(error)}. "
             "Give a checkpoint that all ranks have saved completely."
         ) from error
 
@@ -136,8 +136,7 @@ def _read_universal(folder: Path, source: Path) -> Checkpoint:
     for group, names in zip(groups, _names_by_group(saved["param_shapes"], groups, source), strict=True):
         # Amos built from named parameters has their names in its groups, and torch asks a checkpoint for all of it.
         group["params"] = group["param_names"] = names
-        sigmas = [entries.get(name, {}).get("sigma") for name in names]  # by name, where it was measured
-        group["measured_sigma"] = [None if sigma is None else float(sigma) for sigma in sigmas]
+        group["measured_sigma"] = measured_in(entries, names)
     weights, states = {}, {}
     with progress("reading", len(shapes)) as done:
         for group in groups:
@@ -220,12 +219,8 @@ def _load(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=False)
     except Exception as error:  # unpickling damaged files raises anything
         raise ValueError(
-            f"{file} cannot be read ({_line(error)}). Give a checkpoint that was saved completely."
+            f"{file} cannot be read ({first_line(error)}). Give a checkpoint that was saved completely."
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -305,8 +300,7 @@ def _trained(optimizer: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _entry(state: dict[str, Any], sigma: float | None) -> dict[str, Tensor]:
     """What Amos has for a parameter beside its momentum; and the sigma that was measured."""
-    entry = {key: value for key, value in state.items() if key in ("step", *FLOAT_STATE)}
-    return entry if sigma is None else {**entry, "sigma": torch.tensor(sigma, dtype=torch.float64)}
+    return {key: value for key, value in state.items() if key in ("step", *FLOAT_STATE)} | sigma_entry(sigma)
 
 
 def _write_planes(folder: Path, weight: Tensor, momentum: Tensor | None, step: Tensor) -> None:

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import fully_shard
 
 import amos_dist
 from tests.distributed import zero_worker
-from tests.distributed.harness import received, report
+from tests.distributed.harness import received, relative, report
 from tests.distributed.model import batch
 from tests.distributed.zero_worker import DTYPES, full_parameters, grouped
 
@@ -131,10 +131,7 @@ def load(case: dict[str, Any], trainer: Zero | Fsdp) -> dict[str, Any]:
     different = [name for name, value in expected["before"].items() if not torch.equal(got[name], value)]
     trainer.train(range(SAVED, END))
     after = trainer.parameters()
-    errors = {
-        name: float((after[name] - value).abs().max() / value.abs().max().clamp(min=1e-3))
-        for name, value in expected["after"].items()
-    }
+    errors = {name: relative(after[name], value) for name, value in expected["after"].items()}
     where = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else 1e9)
     moved = float((after["inner.weight"] - expected["before"]["inner.weight"]).abs().max())
     return {"different": different, "worst": errors[where], "where": where, "moved": moved}

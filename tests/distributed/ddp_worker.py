@@ -7,7 +7,6 @@ A case: {"name", "do": a function below, "zero": whether ranks share the optimiz
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import amos_dist
-from tests.distributed.harness import received, report
+from tests.distributed.harness import relative, serve
 from tests.distributed.model import Model, batch
 
 warnings.filterwarnings("ignore")
@@ -29,10 +28,6 @@ SIZE = 12  # sequences of all ranks together
 def make_model() -> Model:
     torch.manual_seed(1)
     return Model()
-
-
-def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-3))
 
 
 class Trainer:
@@ -149,13 +144,4 @@ def flattened(case: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    do = {each.__name__: each for each in (train, consolidated, measured, flattened)}
-    results = []
-    for one in received():
-        if dist.get_rank() == 0:
-            print(one["name"], flush=True)
-        results.append({"name": one["name"], **do[one.get("do", "train")](one)})
-    report(results)
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)
+    serve({each.__name__: each for each in (train, consolidated, measured, flattened)})

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import amos_dist
 from amos_dist.reference import amos_step
 from tests.distributed.dtensor_model import EXPERTS, batch, make_model, shard
-from tests.distributed.harness import received, report
+from tests.distributed.harness import complaint, relative, serve
 
 warnings.filterwarnings("ignore")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -39,12 +38,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    if not expected.numel():
-        return 0.0
-    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-3))
 
 
 def worst_of(differences: dict[str, float]) -> dict[str, Any]:
@@ -262,11 +255,7 @@ def refuse(case: dict[str, Any]) -> dict[str, Any]:
     if dist.get_rank() == 1:
         state = states[trainer.model.up.weight]
         state["decay"] = state["decay"].to_local()[:1].clone()
-    try:
-        trainer.step(0)
-        text = ""
-    except RuntimeError as error:
-        text = str(error)
+    text = complaint(lambda: trainer.step(0))
     same = all(torch.equal(value, before[name]) for name, value in trainer.parameters().items())
     return {"text": text, "unchanged": same}
 
@@ -277,11 +266,8 @@ def differ(case: dict[str, Any]) -> dict[str, Any]:
     if version := mine.get("version"):
         amos_dist.ops.__version__ = version
     trainer = Trainer(mine, case["way"])
-    before, text = trainer.parameters(), ""
-    try:
-        trainer.step(0)
-    except RuntimeError as error:
-        text = str(error)
+    before = trainer.parameters()
+    text = complaint(lambda: trainer.step(0))
     amos_dist.ops.__version__ = amos_dist.__version__
     same = all(torch.equal(value, before[name]) for name, value in trainer.parameters().items())
     return {"text": text, "unchanged": same}
@@ -418,16 +404,5 @@ def early(case: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    do = {
-        each.__name__: each
-        for each in (train, synthetic, save, load, refuse, differ, dry, again, follow, lonely, scaled, experts, early)
-    }
-    results = []
-    for one in received():
-        if dist.get_rank() == 0:
-            print(one["name"], flush=True)
-        results.append({"name": one["name"], **do[one.get("do", "train")](one)})
-    report(results)
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)
+    do = (train, synthetic, save, load, refuse, differ, dry, again, follow, lonely, scaled, experts, early)
+    serve({each.__name__: each for each in do})

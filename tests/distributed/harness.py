@@ -9,8 +9,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,6 +130,39 @@ def launch(
 def received() -> Any:
     """In a worker: the arguments."""
     return json.loads(Path(os.environ["AMOS_TEST_FOLDER"], "arguments.json").read_text())
+
+
+def serve(do: dict[str, Callable[[Any], dict[str, Any]]]) -> NoReturn:
+    """In a worker that has joined its process group: does every case that it is given, reports, and ends.
+
+    Args:
+        do: by the case's "do", or "train" where it says nothing.
+    """
+    results = []
+    for case in received():
+        if os.environ["RANK"] == "0":
+            print(case["name"], flush=True)
+        results.append({"name": case["name"], **do[case.get("do", "train")](case)})
+    report(results)
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference beside the largest number."""
+    if not expected.numel():
+        return 0.0
+    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-3))
+
+
+def complaint(work: Callable[[], Any]) -> str:
+    """What the RuntimeError says that `work` ends with; nothing where it ends well."""
+    try:
+        work()
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def report(result: Any) -> None:

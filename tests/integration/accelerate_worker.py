@@ -5,12 +5,11 @@ A case: {"name", "do": a function below, "make": how Amos is made, "params": its
 
 from __future__ import annotations
 
-import os
+import functools
 import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
@@ -19,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 import amos_dist
 from tests.distributed.dtensor_model import EXPERTS, batch, make_model
-from tests.distributed.harness import received, report
+from tests.distributed.harness import complaint, relative, serve
 
 warnings.filterwarnings("ignore")
 
@@ -102,10 +101,7 @@ class Trainer:
 
 def difference(got: Trainer, expected: Trainer) -> dict[str, Any]:
     values = got.parameters()
-    found = {
-        name: float((values[name].double() - value.double()).abs().max() / value.double().abs().max().clamp(min=1e-3))
-        for name, value in expected.parameters().items()
-    }
+    found = {name: relative(values[name], value) for name, value in expected.parameters().items()}
     where = max(found, key=lambda name: found[name])
     return {"worst": found[where], "where": where}
 
@@ -149,11 +145,7 @@ def late(case: dict[str, Any], to: Accelerator) -> dict[str, Any]:
     optimizer.zero_grad()
     model, optimizer = to.prepare(model, optimizer)
     to.backward(model(batch(1)))
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        return {"text": str(error)}
-    return {"text": ""}
+    return {"text": complaint(optimizer.step)}
 
 
 def empty(case: dict[str, Any], to: Accelerator) -> dict[str, Any]:
@@ -166,23 +158,10 @@ def empty(case: dict[str, Any], to: Accelerator) -> dict[str, Any]:
             param.mul_(to.is_main_process)
     model, optimizer = to.prepare(model, optimizer_of(model, case))
     to.backward(model(batch(0)))
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        return {"text": str(error)}
-    return {"text": ""}
+    return {"text": complaint(optimizer.step)}
 
 
 if __name__ == "__main__":
     with_fsdp2 = accelerator()
     assert with_fsdp2.is_fsdp2
-    do = {each.__name__: each for each in (train, resume, late, empty)}
-    results = []
-    for one in received():
-        if with_fsdp2.is_main_process:
-            print(one["name"], flush=True)
-        results.append({"name": one["name"], **do[one.get("do", "train")](one, with_fsdp2)})
-    report(results)
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)
+    serve({each.__name__: functools.partial(each, to=with_fsdp2) for each in (train, resume, late, empty)})
