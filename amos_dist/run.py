@@ -9,6 +9,8 @@ import runpy
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 import amos_dist  # noqa: F401  registers "Amos"
 
 
@@ -24,7 +26,14 @@ def main() -> None:
         sys.exit(f"amos_dist.run: there is no script {script}. Give the path of your training script.")
     sys.argv[0] = script
     sys.path[0] = str(Path(script).resolve().parent)  # as python does
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    # A thread of gloo's that is still at work while Python shuts down would abort a run that has ended well.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

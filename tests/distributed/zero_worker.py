@@ -260,7 +260,8 @@ def fault(case: dict[str, Any]) -> dict[str, Any]:
         text = ""
     except RuntimeError as error:
         text = str(error)
-    same = all(torch.equal(a, b) for a, b in zip(before, flats, strict=True))
+    # Bits, because stage 3 leaves whatever was in memory, maybe NaN, in the padding.
+    same = all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(before, flats, strict=True))
     return {"name": case["name"], "text": text, "unchanged": same}
 
 

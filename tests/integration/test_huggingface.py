@@ -44,6 +44,7 @@ if engine.global_rank == 0:
         "ranks": engine.dp_world_size, "stage": engine.zero_optimization_stage(), "losses": losses,
         "class": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
     }))
+torch.distributed.destroy_process_group()
 """
 
 
