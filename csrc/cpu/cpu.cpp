@@ -30,7 +30,8 @@ constexpr int64_t kColumnSplits = 16;  // row ranges whose column sums are made 
 constexpr int64_t kTileCols = 1024;    // columns of such a range at a time: their sums and a few rows fit in L1
 constexpr int64_t kGrain = 32768;      // elements that are worth a thread
 constexpr int64_t kAhead = 1024;       // elements; see kernels.inl
-constexpr int64_t kTileRows = 32;      // rows of such a tile that are taken before the next tile
+constexpr int64_t kTileRows = 32;      // rows of such a tile that are summed before the next tile
+constexpr int64_t kUpdateRows = 8;     // and updated: fewer, because two arrays share the table of pages
 constexpr int64_t kTaskTiles = 16;     // tiles beside each other that one thread takes
 
 // How a new parameter is written: in its own type; also to low_param; in bf16 with stochastic rounding.
@@ -305,16 +306,16 @@ void block_update(const Block& b, const Consts<Compute<P>>& k, Work work) {
   auto update = [&](const Span& span) { kernels.rows(elements, span, b.moments, planes, k); };
   // Coefficients of many columns: a tile of these at a time, for a few rows, so that they stay in L1.
   const int64_t vectors = b.moments == Moments::row ? 0 : b.moments == Moments::factored ? 1 : 2;
-  const int64_t width = vectors * b.cols > 4 * kTileCols ? kTileCols : b.cols;
+  const int64_t width = vectors * b.cols > 2 * kTileCols ? kTileCols : b.cols;
   if (b.rows == 1) {
     parallel(b.cols, 1, [&](int64_t c0, int64_t c1) { update(Span{0, 1, c0, c1}); });
   } else if (width == b.cols) {
     parallel(b.rows, b.cols, [&](int64_t r0, int64_t r1) { update(Span{r0, r1, 0, b.cols}); });
   } else {
-    parallel(ceil_div(b.rows, kTileRows), kTileRows * b.cols, [&](int64_t first, int64_t last) {
-      for (int64_t r = first * kTileRows; r < last * kTileRows; r += kTileRows)
+    parallel(ceil_div(b.rows, kUpdateRows), kUpdateRows * b.cols, [&](int64_t first, int64_t last) {
+      for (int64_t r = first * kUpdateRows; r < last * kUpdateRows; r += kUpdateRows)
         for (int64_t c = 0; c < b.cols; c += width)
-          update(Span{r, std::min(b.rows, r + kTileRows), c, std::min(b.cols, c + width)});
+          update(Span{r, std::min(b.rows, r + kUpdateRows), c, std::min(b.cols, c + width)});
     });
   }
 }

@@ -25,11 +25,18 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def forget_memory(port: str) -> None:
+    """Removes what DeepSpeed's reductions on CPU leave in shared memory: 69 MB for each rank."""
+    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        left.unlink(missing_ok=True)
+
+
 def run_ranks(worker: str | Path, ranks: int, arguments: Any, timeout: float = 240) -> list[Any]:
     """Runs `worker` on `ranks` processes and returns what each wrote with `report`.
 
     The worker finds `arguments` with `received()`. Raises AssertionError with all output where a rank fails or hangs.
     """
+    port = str(free_port())
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "arguments.json").write_text(json.dumps(arguments))
         common = {
@@ -38,7 +45,7 @@ def run_ranks(worker: str | Path, ranks: int, arguments: Any, timeout: float = 2
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            "MASTER_PORT": port,
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "DS_ACCELERATOR": "cpu",
@@ -71,6 +78,7 @@ def run_ranks(worker: str | Path, ranks: int, arguments: Any, timeout: float = 2
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            forget_memory(port)
         if failure:
             tails = "\n".join(f"--- rank {i} ---\n{log.read_text()[-4000:]}" for i, log in enumerate(logs))
             raise AssertionError(f"{failure}\n{tails}")
@@ -103,9 +111,9 @@ def launch(
 
     A rank that is still running after `limit` seconds is an AssertionError with the output.
     """
-    words = [sys.executable]
+    words, port = [sys.executable], str(free_port())
     if ranks > 1:
-        options = ["--quiet", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+        options = ["--quiet", "--num_gpus", str(ranks), "--master_port", port]
         words += ["-m", "deepspeed.launcher.runner", *options]
     words += map(str, command)
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
@@ -124,6 +132,8 @@ def launch(
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         raise AssertionError(f"no end after {limit} s:\n{output[-3000:]}") from None
+    finally:
+        forget_memory(port)
     return subprocess.CompletedProcess(words, process.returncode, output, "")
 
 
