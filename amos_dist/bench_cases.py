@@ -127,8 +127,9 @@ class Variant:
     only_matrices: bool = False
 
 
-def _amos(**keywords: Any) -> Callable[[list[Tensor]], Optimizer]:
-    return lambda params: Amos(params, lr=1e-3, sigma=0.05, **keywords)
+def _amos(on_nonfinite: str = "ignore", **keywords: Any) -> Callable[[list[Tensor]], Optimizer]:
+    """Unchecked, as under ZeRO, where DeepSpeed has looked at the gradients."""
+    return lambda params: Amos(params, lr=1e-3, sigma=0.05, on_nonfinite=on_nonfinite, **keywords)
 
 
 def _muon(params: list[Tensor]) -> Optimizer:
@@ -164,7 +165,9 @@ PEERS = {
 }
 AMOS = (
     Variant("Amos row", _amos(moments="row"), 12),
+    Variant("Amos row, checked", _amos("skip", moments="row"), 16),
     Variant("Amos factored", _amos(), 16),
+    Variant("Amos factored, checked", _amos("skip"), 16),
     Variant("Amos column", _amos(moments="column"), 16),
     Variant("Amos scalar", _amos(moments="scalar"), 16),
     Variant("Amos row, momentum", _amos(moments="row", momentum=0.9), 20, 4),

@@ -32,6 +32,9 @@ class Launch:
         self.ops = ops.backend(self.device, first.fused)
         self.members: list[Member] = []
         self.local, self.shared = Blocks(), Blocks()  # of parameters that are whole here; of those that are cut
+        self.checked = first.checked
+        # Summed up before anything changes: to be stepped from these sums; what takes one pass, only to be looked at.
+        self.twice, self.looked_at = Blocks(), Blocks()
         self.hollow = Blocks()  # of tiles without elements, for the state that they share with other ranks
         self.cut_columns = CutColumns(travel, self.device, self.compute)
         self.flags: list[int | None] = []  # where ranks count who has a gradient for each tensor
@@ -140,8 +143,8 @@ class Call:
     Small models spend more time here than in the kernels: no work for each tensor that a list comprehension cannot do.
     """
 
-    def __init__(self, launch: Launch, shared_work: Tensor, local_work: Tensor) -> None:
-        self.launch, self.shared_work, self.local_work = launch, shared_work, local_work
+    def __init__(self, launch: Launch, shared_work: Tensor, local_work: Tensor, kept_work: Tensor) -> None:
+        self.launch, self.shared_work, self.local_work, self.kept_work = launch, shared_work, local_work, kept_work
         self.present: list[bool] | None = None
         self.grads = self._gradients()
         self.tensors = self.dense = launch.locals_of(launch.tensors)
@@ -180,22 +183,29 @@ class Call:
         return [flag for flag, there in flags if flag is not None and not there]
 
     def sums(self) -> None:
-        launch, work = self.launch, self.shared_work
-        if launch.shared:
-            launch.ops.sums_(self.grads, work, launch.shared.table(self.present), self.hyper, launch.names)
-        if launch.cut_columns:
-            launch.cut_columns.send(work, launch.state)
+        launch = self.launch
+        tables = ((launch.shared, self.shared_work), (launch.twice, self.kept_work), (launch.looked_at, self.kept_work))
+        for blocks, work in tables:
+            if blocks:
+                launch.ops.sums_(self.grads, work, blocks.table(self.present), self.hyper, launch.names)
+
+    def send(self) -> None:
+        if self.launch.cut_columns:
+            self.launch.cut_columns.send(self.shared_work, self.launch.state)
 
     def step(self) -> None:
         """Of what needs nothing of other ranks."""
         self._step(self.present)
 
     def _step(self, present: list[bool] | None) -> None:
-        launch = self.launch
+        launch, changed = self.launch, (self.params, self.grads, self.momentum, self.low)
         if launch.local:
-            changed = (self.params, self.grads, self.momentum, self.low)
             blocks = launch.local.table(present)
             launch.ops.step_(*changed, launch.state, self.local_work, blocks, self.hyper, launch.names)
+        if launch.twice:
+            blocks = launch.twice.table(present)
+            launch.ops.slots_(launch.state, self.kept_work, blocks, self.hyper, launch.names)
+            launch.ops.update_(*changed, self.kept_work, blocks, self.hyper, launch.names)
 
     def join(self) -> None:
         """Parameters that only other ranks have a gradient for are stepped with zeros: all ranks stay together.

@@ -27,6 +27,7 @@ class Member:
     fused: bool | None
     capturable: bool
     master: bool  # the state holds the parameter in float32; the tensor itself only takes the rounded numbers
+    checked: bool = False  # no tensor is stepped where the gradient of this one is not finite
     fault: str = ""  # why it cannot be stepped; every rank of its process groups learns of it before anything changes
 
 
@@ -54,7 +55,9 @@ def member_of(
     low = tensor.dtype in (torch.bfloat16, torch.float16)
     master = low and any(setting(o, group, "master_weights") for o in originals)
     fused = False if group["foreach"] else group["fused"]
-    return Member(tensor, group, layout, name, dtype, fused, group["capturable"], master, layout.fault)
+    # DeepSpeed has looked at the gradients of partitions, on all ranks; a CUDA graph cannot decide anything.
+    checked = group["on_nonfinite"] != "ignore" and not layout.is_partition and not group["capturable"]
+    return Member(tensor, group, layout, name, dtype, fused, group["capturable"], master, checked, layout.fault)
 
 
 def state_shapes(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import amp, checkpoint, settings
+from . import amp, checkpoint, nonfinite, settings
 from . import rules as module_rules
 from .loading import in_own_terms, refuse_other_views, refuse_state_dict
 from .member import Member, is_lost, make_state, member_of
@@ -67,6 +67,10 @@ class Amos(Optimizer):
         stochastic_rounding: bfloat16 parameters (without a master) are rounded up or down by chance, so that small
             steps are not lost. seed: below 2**31; the same seed gives the same numbers in every run, at every step, on
             every rank and device.
+        on_nonfinite: where a gradient is NaN or infinite (or so large that its squares are): "skip": no parameter is
+            stepped on any rank, and `skipped_steps` counts it. "raise": an error, on every rank; nothing has changed.
+            "ignore": it goes where the formulas take it, but "row" and "full" moments then read the gradient once, not
+            twice. Under ZeRO DeepSpeed itself skips such steps; with `capturable` nothing is looked at.
         rules: `[{"match": regex on the full name, ...any keyword...}]`; the first match wins.
 
     State for each parameter: `step` (0-d float32), `decay`, `momentum` (with momentum), `master` (with master_weights),
@@ -102,6 +106,7 @@ class Amos(Optimizer):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        on_nonfinite: str = "skip",
         rules: list[dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
@@ -126,9 +131,11 @@ class Amos(Optimizer):
             "master_weights": master_weights,
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
+            "on_nonfinite": on_nonfinite,
         }
         settings.check(defaults)
         self._rules = settings.Rules(rules)
+        self.skipped_steps = 0  # because a gradient was not finite
         self._surroundings = next(filter(None, (look(self) for look in LOOK_AROUND)), Surroundings())
         self._originals: list[Original] = []
         self._overrides: dict[int, dict[str, Any]] = {}
@@ -243,7 +250,7 @@ class Amos(Optimizer):
         asking would cost every step a wait for the device.
 
         Raises:
-            RuntimeError: sparse or complex gradients; a layout or a state that does not fit.
+            RuntimeError: sparse or complex gradients; a layout or a state that does not fit; on_nonfinite="raise".
             ValueError: lr is not finite.
         """
         loss = None
@@ -266,7 +273,10 @@ class Amos(Optimizer):
             plan.agree(self._facts)
         if not plan.is_trial(self.state):
             found_inf = amp.unscaled(self, grads)
-            plan.run(self.state, self._constants_of, found_inf)
+            moved = plan.run(self.state, self._constants_of, found_inf)
+            if not moved and found_inf is None:
+                nonfinite.tell(plan.members, self.param_groups, is_first=not self.skipped_steps)
+                self.skipped_steps += 1
         return loss
 
     def _facts(self, keys: Collection[int] | None) -> list[str]:
@@ -302,7 +312,7 @@ class Amos(Optimizer):
 
     def _plan(self, tensors: list[Tensor]) -> Plan:
         """The plan of this step; made anew when the tensors, their dtypes or devices, or the state have changed."""
-        keywords = ("momentum_dtype", "fused", "foreach", "capturable", "master_weights")
+        keywords = ("momentum_dtype", "fused", "foreach", "capturable", "master_weights", "on_nonfinite")
         stepped = list(map(self._is_stepped, tensors))
         key = (
             tuple(map(id, tensors)),
@@ -428,7 +438,7 @@ class Amos(Optimizer):
                 handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_originals", "_overrides", "_kinds", "_built", "_rules")
+        own = ("_originals", "_overrides", "_kinds", "_built", "_rules", "skipped_steps")
         given = super().__getstate__()
         given["state"] = defaultdict(dict, {tensor: own_memory(state) for tensor, state in self.state.items()})
         return {**given, **{key: getattr(self, key) for key in own}}

@@ -36,10 +36,11 @@ class _Bucket:
     ) -> None:
         self.device, self.dtype, self.kinds = device, dtype, kinds
         self.launches: dict[Any, Launch] = {}
-        self._shared, self._local = Space(), Space()
+        self._shared, self._local, self._kept = Space(), Space(), Space()
         self.travel = Travel([member.layout for member in members], kinds, self._shared, everyone)
         for member in members:
-            kind = (member.tensor.dtype, member.momentum_dtype, member.fused, member.capturable, member.master)
+            modes = (member.fused, member.capturable, member.master, member.checked)
+            kind = (member.tensor.dtype, member.momentum_dtype, *modes)
             if kind not in self.launches:
                 self.launches[kind] = Launch(member, self.travel)
             self._add(self.launches[kind], member)
@@ -47,6 +48,8 @@ class _Bucket:
             launch.freeze()
         self.shared_work = self._shared.tensor(dtype, device)
         self.local_work = self._local.tensor(dtype, device)
+        self.kept_work = self._kept.tensor(dtype, device)  # sums of what is whole here, until all are known
+        self.works = self.shared_work, self.local_work, self.kept_work
 
     def _add(self, launch: Launch, member: Member) -> None:
         number = len(launch.members)
@@ -82,6 +85,13 @@ class _Bucket:
             row_work = self._shared.take(block.rows) if has_rows(kind) and cut_row is None else cut_row or 0
             self._write(launch.shared, launch, number, piece, block, state, (row_work, cut_columns or 0, columns))
             return
+        if launch.checked and (kind in ("factored", "column") or block.rows == 1):
+            rows = self._kept.take(block.rows if has_rows(kind) else 0)
+            self._write(launch.twice, launch, number, piece, block, state, (rows, self._kept.take(columns), columns))
+            return
+        if launch.checked:  # `row`, `full`: all squares as those of one row
+            look = Block(block.offset, piece.first_row, 0, 1, block.rows * block.cols)
+            self._write(launch.looked_at, launch, number, piece, look, state, (self._kept.take(1), 0, 0))
         if self.device.type == "cpu":
             self._local.used = 0  # one block after another: they use the same places
         # `row` moments stay on chip, but for a row that is too long for one thread
@@ -139,6 +149,20 @@ class _Bucket:
             ]
         )
 
+    def begin(self, calls: list[Call]) -> None:
+        """Of a step: sums up."""
+        self.travel.begin(self.shared_work, [place for call in calls for place in call.absent()])
+        if any(launch.checked for launch in self.launches.values()):
+            self.shared_work[0, self.travel.size :] = 0  # what is left of an earlier step must not count
+            self.kept_work[0] = 0
+        for call in calls:
+            call.sums()
+
+    def infinite(self) -> Tensor:
+        """Whether a sum of squares is not finite: 0-d, bool, on the device."""
+        # None is negative: their sum tells, and needs no memory.
+        return ~(self.shared_work[0].sum() + self.kept_work[0].sum()).isfinite()
+
 
 class Plan:
     """One step for a fixed set of tensors.
@@ -160,6 +184,7 @@ class Plan:
         for (device, dtype), some in together.items():
             self.buckets.append(_Bucket(device, dtype, some, kinds, () if self.buckets else everyone))
         self.launches = [launch for bucket in self.buckets for launch in bucket.launches.values()]
+        self.checked = any(launch.checked for launch in self.launches)
         self._seen: list[State] = []
 
     def fits(self, states: dict[Tensor, State]) -> bool:
@@ -216,12 +241,16 @@ class Plan:
             raise RuntimeError(fault)
         self.agreed = True
 
-    def run(self, states: dict[Tensor, State], constants_of: ConstantsOf, found_inf: Tensor | None = None) -> None:
+    def run(self, states: dict[Tensor, State], constants_of: ConstantsOf, found_inf: Tensor | None = None) -> bool:
         """Moves every tensor that has a gradient by one step, and its state with it.
 
         Args:
             constants_of: (key, group) -> the parameter's hyper-parameters.
-            found_inf: above 0: GradScaler has found a gradient that is not finite. No rank steps if it is on any.
+            found_inf: above 0: GradScaler has found a gradient that is not finite. No rank steps if it is on any. None:
+                no GradScaler has looked.
+
+        Returns:
+            Whether they have moved. No: on some rank a gradient is not finite, or its square is not in float32.
         """
         for launch in self.launches:
             if launch.stale:
@@ -231,20 +260,25 @@ class Plan:
                 launch.bind(states)
             self._seen, self.bound = list(states.values()), True
         calls = {
-            bucket: [Call(launch, bucket.shared_work, bucket.local_work) for launch in bucket.launches.values()]
-            for bucket in self.buckets
+            bucket: [Call(launch, *bucket.works) for launch in bucket.launches.values()] for bucket in self.buckets
         }
         for bucket, some in calls.items():
-            bucket.travel.begin(bucket.shared_work, [place for call in some for place in call.absent()], found_inf)
+            bucket.begin(some)
+        infinite = found_inf
+        if infinite is None and self.checked:
+            first = self.buckets[0].device
+            infinite = torch.stack([bucket.infinite().to(first) for bucket in self.buckets]).any()
+        for bucket, some in calls.items():
+            bucket.travel.tell(bucket.shared_work, infinite)
             for call in some:
-                call.sums()
+                call.send()
         pending = [bucket.travel.reduce(bucket.shared_work) for bucket in self.buckets]
-        if found_inf is not None:
+        if infinite is not None:
             for each in pending:
                 each.wait()
             pending.clear()
-            if self._is_infinite(found_inf):
-                return
+            if self._is_infinite(infinite, tell=found_inf is not None):
+                return False
         for call in itertools.chain(*calls.values()):  # while the sums travel
             call.step()
         for each in pending:
@@ -253,12 +287,13 @@ class Plan:
             call.join()
             call.slots_and_update()
             call.count()
+        return True
 
-    def _is_infinite(self, found_inf: Tensor) -> bool:
-        """Whether any rank has found a gradient that is not finite."""
-        here = bool(found_inf > 0)
+    def _is_infinite(self, infinite: Tensor, tell: bool) -> bool:
+        """Whether any rank has a gradient that is not finite. tell: GradScaler, where only another one has."""
+        here = bool(infinite > 0)
         places = ((bucket.shared_work, bucket.travel.infinite) for bucket in self.buckets)
         anywhere = here or any(place is not None and bool(work[0, place] > 0) for work, place in places)
-        if anywhere and not here:
+        if tell and anywhere and not here:
             amp.tell_scaler()
         return anywhere

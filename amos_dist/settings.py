@@ -32,9 +32,10 @@ DEFAULTS: dict[str, Any] = {
     "master_weights": False,
     "stochastic_rounding": False,
     "seed": 0,
+    "on_nonfinite": "skip",
 }
 KEYWORDS = ("lr", *DEFAULTS)
-PER_PARAMETER = tuple(key for key in KEYWORDS if key not in ("foreach", "fused", "capturable"))
+PER_PARAMETER = tuple(key for key in KEYWORDS if key not in ("foreach", "fused", "capturable", "on_nonfinite"))
 
 # What else may be in a group without a doubt: torch's own and its schedulers' keys.
 GROUP_KEYS = (
@@ -96,6 +97,8 @@ def check(values: Mapping[str, Any], name: str | None = None) -> None:
             _check_number(key, value, where, 0, math.inf, low_open=True)
         elif key == "moments" and value not in MOMENTS:
             raise ValueError(f"moments={value!r}{where} is unknown. Use one of {', '.join(map(repr, MOMENTS))}.")
+        elif key == "on_nonfinite" and value not in ("skip", "raise", "ignore"):
+            raise ValueError(f"on_nonfinite={value!r}{where} is unknown. Use 'skip', 'raise' or 'ignore'.")
         elif key == "row_dims" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"row_dims={value!r}{where} is no count of dimensions. Use 1, or 2 for stacked experts.")
         elif key == "momentum_dtype":

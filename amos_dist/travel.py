@@ -36,7 +36,7 @@ COLUMNS = "sums of squares of all columns that the tensor has state for"
 FLAG = "on how many ranks the parameter has a gradient"
 OLD = "the sum of all column moments"
 SQUARES = "the sum of all squares"
-INFINITE = "on how many ranks GradScaler has found a gradient that is not finite"
+INFINITE = "on how many ranks a gradient is not finite"
 Name = tuple[str, int, int]
 
 
@@ -90,7 +90,7 @@ class Travel:
         ranges: what each process group adds up, in the order in which all ranks do.
 
     Args:
-        everyone: the process groups that learn of an infinite gradient here; none: it is not asked here.
+        everyone: the process groups that learn of a gradient that is not finite here; none: it is not asked here.
     """
 
     def __init__(
@@ -120,14 +120,14 @@ class Travel:
 
     @property
     def infinite(self) -> int | None:
-        """The place where ranks count who has found an infinite gradient; None: in another bucket, or nowhere."""
+        """The place where ranks count who has a gradient that is not finite; None: in another bucket, or nowhere."""
         return self.places.get((INFINITE, 0, 0))
 
     def flag(self, key: int) -> int | None:
         """The place where ranks count who has a gradient for a parameter; None: it is not cut, and each decides."""
         return self.places.get((FLAG, key, 0))
 
-    def begin(self, work: Tensor, absent: list[int], found_inf: Tensor | None) -> None:
+    def begin(self, work: Tensor, absent: list[int]) -> None:
         """Zeros, and this rank's flags; absent: those of parameters without a gradient."""
         if not self.size:
             return
@@ -137,8 +137,11 @@ class Travel:
         work[0, : self.size] = self._start
         if absent:
             work[0, absent] = 0
-        if found_inf is not None and self.infinite is not None:
-            work[0, self.infinite] = found_inf
+
+    def tell(self, work: Tensor, infinite: Tensor | None) -> None:
+        """infinite: above 0: a gradient of this rank's is not finite."""
+        if infinite is not None and self.infinite is not None:
+            work[0, self.infinite] = infinite
 
     def reduce(self, work: Tensor) -> Reduction:
         return Reduction(work[0], self.ranges)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import warnings
 from collections.abc import Iterator
@@ -353,10 +354,10 @@ def lonely(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def scaled(case: dict[str, Any]) -> dict[str, Any]:
-    """GradScaler, and gradients that are infinite in one step, on one rank, in what is cut in one way only."""
+    """Gradients that are infinite in one step, on one rank, in what is cut in one way only; with GradScaler or not."""
     sharded, alone = Trainer(case, case["way"]), Trainer(case, "none")
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    scales, moved = [], []
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=case.get("scaler", True))
+    scales, moved, errors = [], [], []
     for step in range(case["steps"]):
         before = sharded.parameters()
         scaler.scale(sharded.loss(batch(step))).backward()
@@ -365,7 +366,7 @@ def scaled(case: dict[str, Any]) -> dict[str, Any]:
         if case.get("unscale"):
             scaler.unscale_(sharded.optimizer)
         with counted(sharded.calls):
-            scaler.step(sharded.optimizer)
+            errors.append(complaint(functools.partial(scaler.step, sharded.optimizer)))
         scaler.update()
         sharded.optimizer.zero_grad()
         moved.append(any(not torch.equal(value, before[name]) for name, value in sharded.parameters().items()))
@@ -375,7 +376,8 @@ def scaled(case: dict[str, Any]) -> dict[str, Any]:
     got, expected = sharded.parameters(), alone.parameters()
     worst = worst_of({name: relative(got[name], expected[name]) for name in expected})
     steps = sorted({int(state["step"]) for state in sharded.optimizer.state.values()})
-    return {**worst, "moved": moved, "scales": scales, "steps": steps, "calls": sharded.calls}
+    told = {"errors": errors, "skipped": sharded.optimizer.skipped_steps}
+    return {**worst, **told, "moved": moved, "scales": scales, "steps": steps, "calls": sharded.calls}
 
 
 def experts(case: dict[str, Any]) -> dict[str, Any]:

@@ -84,6 +84,14 @@ SCALED = {
     2: [case("fsdp", "scaled", do="scaled", steps=4)],
     4: [case("fsdp tp", name, do="scaled", steps=4, unscale=name != "scaled") for name in ("scaled", "unscaled")],
 }
+POLICIES = [{"on_nonfinite": policy, "moments": kind} for policy in ("skip", "raise") for kind in ("row", "factored")]
+UNSCALED = {
+    ranks: [
+        case(way, " ".join(policy.values()), do="scaled", steps=4, scaler=False, params=PARAMS | policy)
+        for policy in POLICIES
+    ]
+    for ranks, way in ((2, "fsdp"), (4, "fsdp tp"))
+}
 
 # [shape, mesh, the dimension that each dimension of the mesh cuts, kind, row_dims]
 TENSORS: dict[int, list[list[Any]]] = {
@@ -147,6 +155,7 @@ def results(ranks: int) -> list[dict[str, Any]]:
         *TRAINING[ranks],
         *REFUSED.get(ranks, ()),
         *SCALED.get(ranks, ()),
+        *UNSCALED.get(ranks, ()),
         *(synthetic(ranks) if ranks > 1 else ()),
     ]
     if ranks == 2:
@@ -293,6 +302,23 @@ def test_all_ranks_skip_a_step_or_none_does(ranks: int, wanted: dict[str, Any]) 
         assert got["scales"] == [1024.0, 512.0, 512.0, 512.0]
         assert got["steps"] == [0, 3]
         assert got["worst"] <= TOLERANCE, got["where"]
+        assert {len(calls) for calls in got["calls"]} == {2 if ranks == 4 else 1}
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize(("ranks", "wanted"), cases_of(UNSCALED))
+def test_without_a_scaler_too(ranks: int, wanted: dict[str, Any]) -> None:
+    """Skipped or an error, as on_nonfinite says, on every rank; only the rank that has it can name the parameter."""
+    raises = wanted["params"]["on_nonfinite"] == "raise"
+    for number, rank in enumerate(results(ranks)):
+        got = rank[wanted["name"]]
+        assert got["moved"] == [True, False, True, True]
+        assert got["steps"] == [0, 3]
+        assert got["worst"] <= TOLERANCE, got["where"]
+        assert got["skipped"] == (not raises)
+        what = "the gradient of 'down.weight'" if number == 1 else "a gradient on another rank"
+        assert [bool(error) for error in got["errors"]] == [False, raises, False, False]
+        assert not raises or got["errors"][1].startswith(f"{what} is not finite")
         assert {len(calls) for calls in got["calls"]} == {2 if ranks == 4 else 1}
 
 

@@ -88,11 +88,15 @@ RESUMES = [
     for name, dtype, groups in (("resume", "fp32", False), ("resume", "bf16", False), ("resume groups", "fp32", True))
 ]
 FAULTS = [case(f"{what} fault", stage, do="fault", fault=what) for stage in (2, 3) for what in ("partition", "state")]
+NONFINITE = [
+    *(case("nonfinite", stage, dtype, do="nonfinite") for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16")),
+    case("nonfinite raises", 0, do="nonfinite", params={**PARAMS, "on_nonfinite": "raise"}),
+]
 SECONDS = [case("second engine", stage, "bf16", do="second") for stage in (0, 1)]
 
 
 def results(ranks: int) -> list[dict[str, Any]]:
-    cases = TRAINING[ranks] + (RESUMES + FAULTS + SECONDS if ranks == 2 else [])
+    cases = TRAINING[ranks] + (RESUMES + FAULTS + NONFINITE + SECONDS if ranks == 2 else [])
     return run_cases(WORKER, ranks, cases, timeout=420)
 
 
@@ -168,6 +172,21 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_every_rank(wanted: dict[str, A
     assert wrong in second["text"]
     assert first["unchanged"]
     assert second["unchanged"]
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize("wanted", NONFINITE, ids=lambda c: c["name"])
+def test_a_step_with_nan_on_one_rank_is_none(wanted: dict[str, Any]) -> None:
+    """DeepSpeed skips it itself, but for stage 0 in float32, which is Amos's own."""
+    raises = "raises" in wanted["name"]
+    for got in (rank[wanted["name"]] for rank in results(2)):
+        # After an error the gradients are still there: so is the error.
+        assert got["changed"] == [True, False, not raises, not raises]
+        assert got["steps"] == [1 if raises else 3]
+        assert got["skipped"] == (wanted["stage"] == 0 and wanted["dtype"] == "fp32" and not raises)
+        told = [text for text in got["texts"] if text]
+        assert bool(told) == raises
+        assert all(" is not finite" in text and "the gradient of '" in text for text in told)
 
 
 @pytest.mark.timeout(450)

@@ -1,6 +1,6 @@
 """Trains a small model under DeepSpeed for each case, and the same in plain torch, and reports the difference.
 
-A case: {"name", "do": "train" | "refuse" | "resume" | "fault" | "second", "stage", "dtype", "params": Amos's keywords,
+A case: {"name", "do": "train" or a function below, "stage", "dtype", "params": Amos's keywords,
 "zero": more of zero_optimization, "config": more of the JSON, "groups": two parameter groups, "init": zero.Init,
 "warmup": steps, "micro": batch of one pass, "steps"}.
 """
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 import amos_dist
-from tests.distributed.harness import received, relative, report
+from tests.distributed.harness import complaint, received, relative, report
 from tests.distributed.model import Model, batch
 
 warnings.filterwarnings("ignore")
@@ -265,6 +265,23 @@ def fault(case: dict[str, Any]) -> dict[str, Any]:
     return {"name": case["name"], "text": text, "unchanged": same}
 
 
+def nonfinite(case: dict[str, Any]) -> dict[str, Any]:
+    """NaN in one rank's gradients in the second of four steps."""
+    engine = engine_for(case, 12 * case.get("micro", 2))
+    base, changed, texts = engine.basic_optimizer, [], []
+    for step in range(4):
+        held = [*full_parameters(engine).values(), *(v for state in base.state.values() for v in state.values())]
+        before = [value.clone() for value in held]
+        for part in batch(step, 24).chunk(12)[dist.get_rank() :: dist.get_world_size()]:
+            loss = engine(part)
+            engine.backward(loss * float("nan") if step == 1 and dist.get_rank() == 1 else loss)
+            texts.append(complaint(engine.step))
+        held = [*full_parameters(engine).values(), *(v for state in base.state.values() for v in state.values())]
+        changed.append(not all(map(torch.equal, before, held)) or len(before) != len(held))
+    steps = sorted({int(state["step"]) for state in base.state.values()})
+    return {"name": case["name"], "changed": changed, "texts": texts, "steps": steps, "skipped": base.skipped_steps}
+
+
 def second(case: dict[str, Any]) -> dict[str, Any]:
     """An engine of another stage on the model of an earlier one: what that left on the parameters is stale."""
     size = 12 * case.get("micro", 2)
@@ -282,7 +299,7 @@ if __name__ == "__main__":
     START = {
         dtype: {n: p.detach().clone() for n, p in make_model(dtype).named_parameters()} for dtype in DTYPES.values()
     }
-    do = {"train": run, "refuse": refuse, "resume": resume, "fault": fault, "second": second}
+    do = {"train": run, "refuse": refuse, "resume": resume, "fault": fault, "second": second, "nonfinite": nonfinite}
     report([do[case.get("do", "train")](case) for case in received()])
     dist.barrier()
     dist.destroy_process_group()

@@ -83,7 +83,7 @@ def test_a_step_begins_with_zeros_and_flags() -> None:
     work = torch.full((3, travel.size), 7.0)
     first, second = travel.flag(0), travel.flag(1)
     assert first is not None and second is not None
-    travel.begin(work, [second], None)
+    travel.begin(work, [second])
     expected = torch.zeros(travel.size)
     expected[first] = 1
     assert torch.equal(work[0], expected)

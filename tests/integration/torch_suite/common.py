@@ -33,6 +33,7 @@ KWARGS: dict[str, dict[str, Any]] = {
     "row_dims": {"row_dims": 1, "moments": "factored"},
     "master weights": {"master_weights": True, "momentum": 0.9},
     "stochastic rounding": {"stochastic_rounding": True, "seed": 3},
+    "unchecked": {"on_nonfinite": "ignore", "moments": "row"},
     "capturable": {"capturable": True, "momentum": 0.9},
     "tensor lr": {"lr": torch.tensor(LR)},
     "tensor lr, capturable": {"lr": torch.tensor(LR), "capturable": True, "maximize": True},

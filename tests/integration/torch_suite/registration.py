@@ -96,7 +96,7 @@ AMOS = OptimizerInfo(
     supported_impls=("foreach", "fused"),
     not_og_supported_flags=(
         *("foreach", "fused", "maximize", "capturable"),
-        *("master_weights", "stochastic_rounding", "seed"),
+        *("master_weights", "stochastic_rounding", "seed", "on_nonfinite"),
     ),
     supports_sparse=False,
     has_capturable_arg=True,
