@@ -380,6 +380,22 @@ def scaled(case: dict[str, Any]) -> dict[str, Any]:
     return {**worst, **told, "moved": moved, "scales": scales, "steps": steps, "calls": sharded.calls}
 
 
+def stale(case: dict[str, Any]) -> dict[str, Any]:
+    """A parameter has NaN in one step, and no gradient in the next."""
+    sharded = Trainer(case, case["way"])
+    before = sharded.parameters()
+    for step in range(2):
+        sharded.loss(batch(step)).backward()
+        if step == 0 and dist.get_rank() == 1:
+            sharded.model.down.weight.grad.to_local()[-1, -1] = float("nan")
+        if step == 1:
+            sharded.model.down.weight.grad = None
+        sharded.optimizer.step()
+        sharded.optimizer.zero_grad()
+    moved = [name for name, value in sharded.parameters().items() if not torch.equal(value, before[name])]
+    return {"moved": moved, "skipped": sharded.optimizer.skipped_steps}
+
+
 def experts(case: dict[str, Any]) -> dict[str, Any]:
     """Each rank has an expert of its own, of another name and scale, beside what all ranks cut."""
     mesh, rank = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank()
@@ -406,5 +422,5 @@ def early(case: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    do = (train, synthetic, save, load, refuse, differ, dry, again, follow, lonely, scaled, experts, early)
+    do = (train, synthetic, save, load, refuse, differ, dry, again, follow, lonely, scaled, stale, experts, early)
     serve({each.__name__: each for each in do})

@@ -75,6 +75,7 @@ DRY = [case(way, "untrained", do="dry", params={**PARAMS, "extra_l2": 0.1}) for 
 MORE = [
     *(case(way, "again", do="again") for way in ("fsdp", "tp")),
     case("fsdp", "lonely", do="lonely"),
+    case("fsdp", "stale", do="stale"),
     case("fsdp", "follow", do="follow", dtype="bf16", params={**PARAMS, "master_weights": True}),
     case("fsdp", "early", do="early", params=AUTO),
     case("fsdp", "experts", do="experts", params=AUTO),
@@ -320,6 +321,14 @@ def test_without_a_scaler_too(ranks: int, wanted: dict[str, Any]) -> None:
         assert [bool(error) for error in got["errors"]] == [False, raises, False, False]
         assert not raises or got["errors"][1].startswith(f"{what} is not finite")
         assert {len(calls) for calls in got["calls"]} == {2 if ranks == 4 else 1}
+
+
+@pytest.mark.timeout(450)
+def test_what_is_left_of_a_skipped_step_does_not_count() -> None:
+    for rank in results(2):
+        got = rank["fsdp: stale"]
+        assert got["skipped"] == 1
+        assert "up.weight" in got["moved"] and "down.weight" not in got["moved"]
 
 
 @pytest.mark.timeout(450)
