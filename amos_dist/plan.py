@@ -152,9 +152,7 @@ class _Bucket:
     def begin(self, calls: list[Call]) -> None:
         """Of a step: sums up."""
         self.travel.begin(self.shared_work, [place for call in calls for place in call.absent()])
-        if any(launch.checked for launch in self.launches.values()):
-            self.shared_work[0, self.travel.size :] = 0  # what is left of an earlier step must not count
-            self.kept_work[0] = 0
+        self.kept_work[0] = 0  # what is left of an earlier step must not count
         for call in calls:
             call.sums()
 
