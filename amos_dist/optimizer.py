@@ -110,29 +110,9 @@ class Amos(Optimizer):
         rules: list[dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
+        given = locals()  # every keyword can stand in a group: one list of them will do
         settings.check_keys(unknown, "Amos")
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "sigma": sigma,
-            "beta": beta,
-            "momentum": momentum,
-            "moments": moments,
-            "row_dims": row_dims,
-            "clip_value": clip_value,
-            "extra_l2": extra_l2,
-            "c_coef": c_coef,
-            "d_coef": d_coef,
-            "eps": eps,
-            "momentum_dtype": momentum_dtype,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "master_weights": master_weights,
-            "stochastic_rounding": stochastic_rounding,
-            "seed": seed,
-            "on_nonfinite": on_nonfinite,
-        }
+        defaults = {key: given[key] for key in settings.KEYWORDS}
         settings.check(defaults)
         self._rules = settings.Rules(rules)
         self.skipped_steps = 0  # because a gradient was not finite
