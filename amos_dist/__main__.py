@@ -1,6 +1,6 @@
 """python -m amos_dist info: what was built, and if something is missing, why. bench: what a step costs.
 
-convert: a checkpoint of one framework as another's.
+convert: a checkpoint of one framework as another's. verify: whether a sealed one is whole.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from . import bench as measuring
 from . import bench_cases as cases
 from . import bench_report as report
-from . import convert
+from . import convert, manifest
 from .ops import build_info
 
 
@@ -101,6 +101,10 @@ def main() -> int:
     add("--json", type=Path, metavar="FILE", help="write all numbers there")
     add("--plot", type=Path, metavar="FILE", help="draw the ratios there (needs matplotlib)")
     convert.add_arguments(commands.add_parser("convert", help="a ZeRO checkpoint as a DCP or a plain one, and back"))
+    verified = commands.add_parser("verify", help="whether every file of a sealed checkpoint is what was saved")
+    verified.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="with manifest.json, or with DeepSpeed's `latest`"
+    )
     arguments = parser.parse_args()
     if arguments.command == "info":
         info(arguments.json)
@@ -109,6 +113,9 @@ def main() -> int:
         if arguments.command == "convert":
             for warning in convert.command(arguments):
                 print(f"warning: {warning}", file=sys.stderr)
+            return 0
+        if arguments.command == "verify":
+            print(manifest.verify(arguments.folder))
             return 0
         return bench(arguments)
     except ValueError as error:  # of the arguments: two sentences say what to change

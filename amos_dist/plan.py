@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import amp
+from . import amp, roll_call
 from .kernel_calls import Call, ConstantsOf, Launch
 from .member import Member
 from .sharding import Block, Piece, Tile, disagreement
@@ -214,6 +214,7 @@ class Plan:
         for launch in self.launches:
             launch.stale = True
 
+    @roll_call.guard("this step cannot be finished")
     def agree(self, facts_of: Callable[[Collection[int] | None], list[str]]) -> None:
         """Once: all ranks of the process groups can take this step, and reduce the same numbers.
 
@@ -239,6 +240,7 @@ class Plan:
             raise RuntimeError(fault)
         self.agreed = True
 
+    @roll_call.guard("this step cannot be finished")
     def run(self, states: dict[Tensor, State], constants_of: ConstantsOf, found_inf: Tensor | None = None) -> bool:
         """Moves every tensor that has a gradient by one step, and its state with it.
 

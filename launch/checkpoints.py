@@ -2,29 +2,18 @@
 
 A checkpoint is written beside its place, sealed with the manifest, and then put there. A folder without a manifest was
 cut off and never counts. With one, every file is checked before anything is loaded: a damaged checkpoint is refused
-with its name, and nothing has changed.
+with its name, and nothing has changed. The manifest itself is amos_dist.manifest.
 """
 
-import json
 import shutil
-import zlib
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from amos_dist import manifest
 
 from engines import Engine
 from ranks import agree
-
-MANIFEST = "manifest.json"
-
-
-def checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value
 
 
 def save(engine: Engine, folder: Path, step: int, settings: dict[str, Any], progress: dict[str, Any]) -> None:
@@ -40,18 +29,13 @@ def save(engine: Engine, folder: Path, step: int, settings: dict[str, Any], prog
         beside.rename(place)
 
     def clear() -> None:
-        if (beside / MANIFEST).is_file():  # an earlier run ended within `put`
+        if (beside / manifest.NAME).is_file():  # an earlier run ended within `put`
             put()
         shutil.rmtree(beside, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        beside.mkdir(parents=True)
 
     def seal() -> None:
-        files = sorted(path for path in beside.rglob("*") if path.is_file())
-        sums = {path.relative_to(beside).as_posix(): [path.stat().st_size, checksum(path)] for path in files}
-        content = {"step": step, "settings": settings, "progress": progress, "files": sums}
-        part = beside / f"{MANIFEST}.part"
-        part.write_text(json.dumps(content, indent=1))
-        part.replace(beside / MANIFEST)
+        manifest.seal(beside, {"step": step, "settings": settings, "progress": progress})
         put()
 
     first = dist.get_rank() == 0
@@ -62,7 +46,7 @@ def save(engine: Engine, folder: Path, step: int, settings: dict[str, Any], prog
 
 def newest(folder: Path) -> Path:
     """The latest complete checkpoint in `folder`."""
-    complete = sorted(folder.glob(f"step*/{MANIFEST}"))
+    complete = sorted(folder.glob(f"step*/{manifest.NAME}"))
     if not complete:
         raise ValueError(f"{folder}: no complete checkpoint to resume from. Start without --resume.")
     return complete[-1].parent
@@ -75,25 +59,16 @@ def check(checkpoint: Path, settings: dict[str, Any]) -> tuple[int, dict[str, An
         ValueError: a file is damaged, or a setting has changed; it is named.
     """
     how = f"Remove {checkpoint} to resume from the one before."
-    path = checkpoint / MANIFEST
+    content = manifest.read(checkpoint, how)
     try:
-        manifest = json.loads(path.read_text())
-        saved, files = dict(manifest["settings"]), dict(manifest["files"])
-        step, progress = int(manifest["step"]), dict(manifest["progress"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable manifest ({error!r}). {how}") from error
+        step, saved, progress = int(content["step"]), dict(content["settings"]), dict(content["progress"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{checkpoint / manifest.NAME}: not of this job ({error!r}). {how}") from error
     for name, value in settings.items():
         if saved.get(name) != value:
             found = f"saved with {name} = {saved.get(name)}, not {value}"
             raise ValueError(f"{checkpoint}: {found}. Resume with the same {name}, or start without --resume.")
-    for name, (size, value) in files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            raise ValueError(f"{file}: missing from the checkpoint. {how}")
-        if file.stat().st_size != size:
-            raise ValueError(f"{file}: truncated, {file.stat().st_size} bytes instead of {size}. {how}")
-        if checksum(file) != value:
-            raise ValueError(f"{file}: damaged, its content is not what was saved. {how}")
+    manifest.check(checkpoint, how)
     return step, progress
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import amos_dist  # noqa: F401  "type": "Amos" in the JSON
 import deepspeed
 import torch
+from amos_dist import manifest
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 import engines
+from ranks import agree
 
 
 class Engine(engines.Engine):
@@ -47,7 +49,7 @@ class Engine(engines.Engine):
         self.engine.train(mode)
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        agree(lambda: manifest.write(self.engine, folder))
 
     def load(self, folder: Path) -> None:
         self.engine.load_checkpoint(str(folder.parent), tag=folder.name)

@@ -18,6 +18,7 @@ from typing import Any
 os.environ |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
 import torch
 import torch.distributed as dist
+from amos_dist import roll_call
 from amos_dist.bench import state_bytes
 from tqdm import tqdm
 
@@ -154,10 +155,9 @@ def train(
     return run
 
 
-def main() -> None:
-    args = arguments()
-    environment(args.local_rank)
-    engine_of(args.engine).join()
+@roll_call.guard("training cannot go on")
+def work(args: argparse.Namespace) -> None:
+    """All jobs, and their report; then every rank waits for the others."""
     try:
         names = [args.optimizer] + ([args.compare] if args.compare else [])
         configs = agree(lambda: [configure(args.deepspeed_config, name, args.steps) for name in names])
@@ -175,6 +175,18 @@ def main() -> None:
         dist.barrier()  # the launcher ends all ranks when the first is gone: let each say it
         sys.exit(1)
     dist.barrier()
+
+
+def main() -> None:
+    args = arguments()
+    environment(args.local_rank)
+    engine_of(args.engine).join()
+    rank = dist.get_rank()
+    try:
+        work(args)
+    except roll_call.CollectiveError as error:
+        sys.stderr.write(f"rank {rank}: {error}\n")
+        sys.exit(1)
     dist.destroy_process_group()
 
 

@@ -114,6 +114,7 @@ def _compare(flat: torch.Tensor, checks: list[tuple[Original, int, torch.Tensor]
 def _misplaced(original: Original) -> str:
     return (
         f"the float32 partition does not hold what parameter {original.name!r} says at this place. "
-        "Do not change or replace parameters between deepspeed.initialize and the first step; if you did not, this "
-        "version of DeepSpeed lays partitions out in a way that amos_dist does not know: please report it."
+        "Do not change or replace parameters between deepspeed.initialize and the first step. If you did not, a loaded "
+        "checkpoint may be damaged (python -m amos_dist verify), or this version of DeepSpeed lays partitions out in a "
+        "way that amos_dist does not know: please report that."
     )
