@@ -195,7 +195,7 @@ def own_part(state_dict: dict[str, Any]) -> dict[str, Any]:
         return state_dict
     states = dict(state_dict["state"])
     for number, state in states.items():
-        if SHARD in state:
+        if isinstance(state, dict) and SHARD in state:
             plane = state["exp_avg"]
             states[number] = {"step": state["step"], **state[SHARD]}
             if plane.numel() < 2 or plane.stride() != (0,):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -36,6 +36,42 @@ def _in_order(saved: dict[str, Any], names: Sequence[str]) -> list[float | None]
     return [by_name[name] for name in names]
 
 
+def refuse_damaged(state_dict: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: `state_dict` is no state_dict of any optimizer: something is missing, or of another type.
+    """
+    groups = state_dict.get("param_groups")
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if key not in state_dict:
+            raise ValueError(f"the state_dict has no {key!r}. Give what Amos.state_dict() returned.")
+        if not isinstance(state_dict[key], kind) or isinstance(state_dict[key], str):
+            raise _damaged(repr(key), state_dict[key])
+    numbers: list[Any] = []
+    for i, saved in enumerate(groups or ()):
+        if not isinstance(saved, Mapping):
+            raise _damaged(f"param_groups[{i}]", saved)
+        for key in ("params", "measured_sigma", "param_names"):
+            if not isinstance(saved.get(key, [] if key != "params" else None), (list, tuple)):
+                raise _damaged(f"{key!r} of param_groups[{i}]", saved.get(key))
+        for key, kinds in (("params", (int, str)), ("param_names", (str,))):
+            if odd := [each for each in saved.get(key, ()) if not isinstance(each, kinds) or isinstance(each, bool)]:
+                raise _damaged(f"an entry of {key!r} of param_groups[{i}]", odd[0])
+        numbers += saved["params"]
+        for sigma in saved.get("measured_sigma", ()):
+            if sigma is not None:
+                settings.check({"sigma": sigma}, f"param_groups[{i}]")
+    for number in numbers:
+        if not isinstance(state_dict["state"].get(number, {}), Mapping):
+            raise _damaged(f"the state of parameter {number}", state_dict["state"][number])
+
+
+def _damaged(what: str, value: Any) -> ValueError:
+    return ValueError(
+        f"{what} in the state_dict is damaged: it is {value!r:.80}. "
+        "Give what Amos.state_dict() returned, or use another file."
+    )
+
+
 def refuse_state_dict(
     state_dict: dict[str, Any],
     groups: Sequence[dict[str, Any]],
@@ -49,9 +85,6 @@ def refuse_state_dict(
     Raises:
         ValueError: `state_dict` is of another optimizer, another model or other `moments`.
     """
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(f"the state_dict has no {key!r}. Give what Amos.state_dict() returned.")
     if len(state_dict["param_groups"]) != len(groups):
         raise ValueError(
             f"the state_dict has {len(state_dict['param_groups'])} parameter groups, the optimizer has "
@@ -72,11 +105,17 @@ def refuse_state_dict(
                 "To start with a fresh optimizer on these weights, load the model only "
                 "(DeepSpeed: load_optimizer_states=False)."
             )
+        if "lr" not in saved:
+            raise ValueError(
+                "a parameter group of the state_dict has no 'lr'. "
+                "Give what Amos.state_dict() returned, or use another file."
+            )
         settings.check({key: saved[key] for key in settings.KEYWORDS if key in saved})
-        for original in (o for o in originals if o.group == saved["amos_group"]):
+        mine = [original for original in originals if original.group == saved["amos_group"]]
+        for original in mine:
             measured = saved["measured_sigma"]
             if setting(original, {"sigma": "auto", **saved}, "sigma") == "auto" and (
-                len(measured) != len(group["measured_sigma"]) or measured[original.place] is None
+                len(measured) != len(mine) or measured[original.place] is None
             ):
                 raise ValueError(
                     f"the state_dict has no sigma for {original.name!r}. Build the optimizer with the groups, the "

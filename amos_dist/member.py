@@ -121,30 +121,31 @@ def make_state(member: Member, state: State, original: Original | None, kinds: d
             f"the state of {member.name!r} is not of Amos: it has {plane!r}, and the checkpoint no 'amos_state'. "
             "To start with a fresh optimizer, load the weights only, for example what zero_to_fp32.py writes."
         )
-    fresh = not state
+    whole = {**state}  # what is refused stays as it is
     counts_on = tensor.device if member.capturable else "cpu"
-    state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=counts_on)
-    if fresh:
+    whole["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=counts_on)
+    if not state:
         for key, shape in shapes.items():
-            state[key] = zeros(key, shape, compute)
+            whole[key] = zeros(key, shape, compute)
     if member.master:
         if "master" not in state:
-            state["master"] = zeros("master", tuple(tensor.shape), torch.float32)
-            dtensor.local_of(state["master"]).copy_(dtensor.local_of(tensor).detach())
+            whole["master"] = zeros("master", tuple(tensor.shape), torch.float32)
+            dtensor.local_of(whole["master"]).copy_(dtensor.local_of(tensor).detach())
         shapes["master"] = tuple(tensor.shape)
     if member.momentum_dtype is not None:
         if "momentum" not in state:
-            state["momentum"] = zeros("momentum", tuple(tensor.shape), member.momentum_dtype)
+            whole["momentum"] = zeros("momentum", tuple(tensor.shape), member.momentum_dtype)
         shapes["momentum"] = tuple(tensor.shape)
     for key, shape in shapes.items():
-        if key not in state or state[key].numel() != math.prod(shape):
+        if key not in whole or whole[key].numel() != math.prod(shape):
             return (
-                f"the state {key!r} of {member.name!r} has {state[key].numel() if key in state else 'no'} entries, "
+                f"the state {key!r} of {member.name!r} has {whole[key].numel() if key in whole else 'no'} entries, "
                 f"expected {math.prod(shape)}. The checkpoint is of another model, another number of ranks or "
                 "other `moments`: use the ones it was written with."
             )
-        if fault := misplaced(state[key], key, tensor, member.name, kept.get(key, range(tensor.dim()))):
+        if fault := misplaced(whole[key], key, tensor, member.name, kept.get(key, range(tensor.dim()))):
             return fault
         dtype = member.momentum_dtype if key == "momentum" else compute
-        state[key] = state[key].to(tensor.device, dtype).contiguous()  # the model may have been moved since
+        whole[key] = whole[key].to(tensor.device, dtype).contiguous()  # the model may have been moved since
+    state.update(whole)
     return ""

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import amp, checkpoint, nonfinite, settings
 from . import rules as module_rules
-from .loading import in_own_terms, refuse_other_views, refuse_state_dict
+from .loading import in_own_terms, refuse_damaged, refuse_other_views, refuse_state_dict
 from .member import Member, is_lost, make_state, member_of
 from .originals import (
     Surroundings,
@@ -140,7 +140,9 @@ class Amos(Optimizer):
         """Adds a group; sigma="auto" is measured now. Nothing has changed where this raises."""
         if isinstance(param_group, dict):
             param_group = {**param_group}  # what is noted in it must not reach the caller's
-            params = param_group.get("params")
+            if "params" not in param_group:
+                raise TypeError("a parameter group has no 'params'. Give the group's parameters under that key.")
+            params = param_group["params"]
             if isinstance(params, Iterable) and not isinstance(params, (Tensor, set)):  # a set is refused by torch
                 param_group["params"] = [
                     (each[0], module_rules.current(each[1])) if isinstance(each, tuple) and len(each) == 2 else each
@@ -396,6 +398,7 @@ class Amos(Optimizer):
         arrived: list[dict[str, Any]] = []  # what the user's own hooks, which run first, made of it
 
         def refuse(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            refuse_damaged(given)
             final = in_own_terms(checkpoint.own_part(given), self.param_groups)
             refuse_state_dict(final, self.param_groups, self._originals, self._kinds, self._setting)
             for saved in final["param_groups"]:

@@ -44,6 +44,8 @@ GROUP_KEYS = (
     *("amos_group", "measured_sigma"),
 )
 
+LARGEST = torch.finfo(torch.float32).max  # the kernels hold every number in float32, too
+
 # Keywords of other optimizers that would change the result: ignoring one would be a different training run.
 _FOREIGN = {
     "weight_decay": "Amos's weight decay follows from sigma; use extra_l2 for more",
@@ -67,6 +69,8 @@ def _is_number(value: Any) -> bool:
 def _check_number(key: str, value: Any, where: str, low: float, high: float, low_open: bool = False) -> None:
     if not _is_number(value) or (isinstance(value, torch.Tensor) and value.numel() != 1):
         raise TypeError(f"{key}={value!r}{where} is not a number. Give a float.")
+    if not isinstance(value, torch.Tensor) and abs(value) > LARGEST:  # float() of such an int is an error of its own
+        value = math.inf if value > 0 else -math.inf
     number = float(value)
     if not (low < number if low_open else low <= number) or not number < high:
         bounds = f"{'>' if low_open else '>='} {low:g}" + ("" if high == math.inf else f" and < {high:g}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import torch
@@ -64,10 +63,10 @@ def refuse_foreign(state: State, name: str) -> None:
     """Raises:
     ValueError: `state`, as loaded, is no state of Amos.
     """
-    foreign = sorted(set(state) - {"step", *WHOLE_STATE, *FLOAT_STATE})
+    foreign = set(state) - {"step", *WHOLE_STATE, *FLOAT_STATE}
     if foreign or "step" not in state:
         raise ValueError(
-            f"the state of {name!r} is not of Amos: it has {', '.join(map(repr, sorted(state)))}. "
+            f"the state of {name!r} is not of Amos: it has {', '.join(sorted(map(repr, state)))}. "
             "To start with a fresh optimizer on these weights, load the model only "
             "(DeepSpeed: load_optimizer_states=False)."
         )
@@ -76,8 +75,9 @@ def refuse_foreign(state: State, name: str) -> None:
             raise ValueError(
                 f"the state {key!r} of {name!r} is no tensor but {value!r}. Load what Amos.state_dict() returned."
             )
-    if not 0 <= float(state["step"]) < math.inf:
-        raise ValueError(f"the state 'step' of {name!r} is {float(state['step'])}. The file is damaged: use another.")
+    step = state["step"].item() if isinstance(state["step"], Tensor) and state["step"].numel() == 1 else state["step"]
+    if isinstance(step, bool) or not isinstance(step, (int, float)) or not 0 <= step < 2**53:
+        raise ValueError(f"the state 'step' of {name!r} is {step!r:.80}. The file is damaged: use another.")
 
 
 def refuse_shapes(state: State, name: str, shape: tuple[int, ...], expected: dict[str, tuple[int, ...]]) -> None:
@@ -124,4 +124,6 @@ def put_back(state_dict: dict[str, Any], groups: list[dict[str, Any]], states: d
             elif key in WHOLE_STATE:
                 states[tensor][key] = value.detach().to(tensor.device, copy=True)
             elif key == "step":
-                states[tensor][key] = torch.as_tensor(value, dtype=torch.float32, device="cpu").detach().clone()
+                states[tensor][key] = (
+                    torch.as_tensor(value, dtype=torch.float32, device="cpu").detach().clone().view(())
+                )

@@ -67,7 +67,7 @@ def _stage3(flat: torch.Tensor, zero: Any, everywhere: list[Original]) -> Layout
         if length:
             layout.pieces.append(Piece(original.key, original.rows, original.cols, start, length, offset))
             checks.append((original, offset, param.ds_tensor.data.view(-1)[:length]))
-        borders = tuple(range(n, min(n * ranks, original.numel), n))
+        borders = tuple(range(n, min(n * ranks, original.numel), max(1, n)))  # 0: a parameter without elements
         if borders:
             layout.cuts.append(Cut(original.key, original.rows, original.cols, borders))
         offset += n

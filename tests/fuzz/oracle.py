@@ -1,0 +1,146 @@
+"""What the reference makes of each parameter, beside an optimizer that goes through any sequence of calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amos_dist import Amos
+from amos_dist.reference import _measured, amos_step
+from amos_dist.tables import seed_of_parameter
+
+from ..conftest import TOLERANCES, Tolerance
+from ..unit.compare import REFERENCE_KEYWORDS, assert_same
+
+LOW = (torch.bfloat16, torch.float16)
+Rules = Callable[[str], dict[str, Any]]
+
+
+class Oracle:
+    """One reference state for each parameter, by its number: a copy of an optimizer has the same numbers.
+
+    Args:
+        optimizer: newly built, or nothing of it has stepped. rules: the keywords that rules give a parameter, by name.
+    """
+
+    def __init__(self, optimizer: Amos, rules: Rules = lambda name: {}) -> None:
+        self.rules = rules
+        self.params: list[Tensor] = []
+        self.states: list[dict[str, Any]] = []
+        self.measured: list[float | None] = []
+        self.built: list[float] = []  # the lr of each parameter's group when it was added
+        self.add(optimizer)
+
+    def add(self, optimizer: Amos) -> None:
+        """Takes the parameters that are new."""
+        for number, (param, name, group) in enumerate(members(optimizer)):
+            if number < len(self.params):
+                continue
+            given = {**group, **self.rules(name)}
+            self.params.append(param.detach().clone())
+            self.states.append({})
+            auto = given["sigma"] == "auto" and param.numel()
+            self.measured.append(_measured(param, given["row_dims"], "auto") if auto else None)
+            self.built.append(float(group["lr"]))
+
+    def written(self, optimizer: Amos) -> None:
+        """Somebody else has written to the parameters."""
+        for param, (theirs, _, _) in zip(self.params, members(optimizer), strict=True):
+            param.copy_(theirs.detach())
+
+    def settings(self, number: int, name: str, group: dict[str, Any]) -> dict[str, Any]:
+        rule = self.rules(name)
+        found = {key: value for key, value in {**group, **rule}.items() if key in REFERENCE_KEYWORDS}
+        found["lr"] = float(group["lr"])
+        if "lr" in rule:
+            found["lr"] *= rule["lr"] / self.built[number]
+        if found["sigma"] == "auto":
+            found["sigma"] = self.measured[number] or 0.5  # a parameter without elements needs none
+        if isinstance(found["momentum_dtype"], str):
+            found["momentum_dtype"] = getattr(torch, found["momentum_dtype"])
+        if self.params[number].dtype == torch.float64:
+            found["momentum_dtype"] = None
+        found["seed"] = seed_of_parameter(found["seed"], number)
+        return found
+
+    def step(self, optimizer: Amos) -> None:
+        """The step that the optimizer is about to take, or has taken; it must still have its gradients."""
+        some = list(members(optimizer))
+        if self._is_trial(some):
+            return
+        for number, (param, name, group) in enumerate(some):
+            if param.grad is None:
+                continue
+            copy, state = self.params[number], self.states[number]
+            if "master" in state:  # weights that somebody has written to reach the master
+                master = state["master"]
+                state["master"] = torch.where(master.to(copy.dtype) == copy, master, copy.float())
+            amos_step(copy, param.grad, state, **self.settings(number, name, group))
+
+    def _is_trial(self, some: list[tuple[Tensor, str, dict[str, Any]]]) -> bool:
+        """The first step, with lr=0 and gradients of zero, is none."""
+        pairs = list(zip(some, self.states, strict=True))
+        taken = [(p, g, s) for (p, _, g), s in pairs if p.requires_grad or s or p.grad is not None]
+        return all(not (g["capturable"] or float(g["lr"]) or s) for _, g, s in taken) and not any(
+            bool(p.grad.any()) for p, _, _ in taken if p.grad is not None
+        )
+
+    def check(self, optimizer: Amos, where: str = "") -> None:
+        """The optimizer's parameters and state are these.
+
+        Rounding to few bits is continuous nowhere: what is kept in few bits is taken over, so that one element that was
+        rounded to the other neighbour is one, and not another training run.
+        """
+        for number, (param, name, _) in enumerate(members(optimizer)):
+            copy, expected = self.params[number], self.states[number]
+            state = optimizer.state.get(param, {})
+            here = f"{where} {name} {tuple(param.shape)} {param.dtype}"
+            if not expected:
+                assert torch.equal(param.detach(), copy) or bool(copy.isnan().any()), f"{here} has moved"
+                assert not float(state.get("step", 0)), f"{here} has counted a step"
+            elif not param.numel():
+                assert float(state["step"]) == expected["step"], here
+            else:
+                table = TOLERANCES[param.dtype]
+                # Several steps; and sums of float32 over many rows, one after another.
+                tall = 5 + param.numel() / 500
+                tolerance = Tolerance(table.param * (1 if param.dtype in LOW else tall), table.state * tall)
+                assert_same(param, state, copy, expected, where=here, tolerance=tolerance)
+                if param.dtype in LOW:
+                    assert not (beyond := beyond_neighbours(param.detach(), copy, tolerance.state)), f"{here}: {beyond}"
+                if param.dtype in LOW or expected.get("momentum", copy).dtype in LOW:
+                    copy.copy_(param.detach())
+                    expected.update({key: value.clone() for key, value in state.items() if key != "step"})
+
+
+def beyond_neighbours(param: Tensor, expected: Tensor, slack: float) -> int:
+    """How many elements of a low-precision parameter are neither what is expected, nor next to it.
+
+    Args:
+        slack: what float32 may be off, beside the largest.
+    """
+    size = expected.double().abs()
+    largest = size[expected.isfinite()].max() if expected.isfinite().any() else 0.0
+    smallest = torch.finfo(param.dtype).tiny * torch.finfo(param.dtype).eps
+    unit = torch.finfo(param.dtype).eps * size + smallest + slack * largest
+    apart = (param.double() - expected.double()).abs() > unit
+    return int((apart & expected.isfinite()).sum())
+
+
+def members(optimizer: Amos) -> list[tuple[Tensor, str, dict[str, Any]]]:
+    """Each parameter, its name and its group, in the order of their numbers."""
+    found = []
+    for group in optimizer.param_groups:
+        names = group.get("param_names", ())
+        if len(names) != len(group["params"]):  # none, or loaded from a damaged file: torch takes them as they are
+            names = [f"param[{len(found) + i}]" for i in range(len(group["params"]))]
+        found += [(param, name, group) for param, name in zip(group["params"], names, strict=True)]
+    return found
+
+
+def draw_gradients(optimizer: Amos, make: Callable[[Tensor], Tensor | None]) -> None:
+    for param, _, _ in members(optimizer):
+        param.grad = make(param)
