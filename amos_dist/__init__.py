@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 from . import deepspeed as _deepspeed
 from . import reference
+from .checkpoint import full_state
 from .decay import InverseSquareDecay, InverseTimeDecay
 from .ops import build_info
 from .optimizer import Amos
@@ -20,6 +21,7 @@ __all__ = [
     "InverseTimeDecay",
     "__version__",
     "build_info",
+    "full_state",
     "param_groups",
     "reference",
 ]

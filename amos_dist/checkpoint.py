@@ -4,13 +4,15 @@ DeepSpeed's universal checkpoint cuts anew what has a partition's shape and is c
 else it keeps the param_groups of data-parallel rank 0, and on loading writes them into the optimizer's groups without
 asking the optimizer. So momentum is saved as `exp_avg`, and the rest of the state, whole, by the parameters' names in a
 group of rank 0. The next step(), or state_dict(), finds it in the groups, and each rank cuts out what it needs.
+
+`full_state` gathers the same, with momentum, for whoever wants to look at it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,8 +22,13 @@ from .member import Member
 from .sharding import Original, Piece, disagreement
 from .state import State, has_rows, refuse_foreign, refuse_shapes, state_sizes, whole_shapes
 
+if TYPE_CHECKING:
+    from .optimizer import Amos
+
 ENTRY = "amos_state"  # in a saved group: the whole state of each parameter, by name
 SETTINGS = "amos_groups"  # beside it: what each group had, because stage 3's loader gives group 0's to all
+PARAMETERS = "amos_parameters"  # beside it: the names and shapes of what each group's partitions were cut from
+BESIDE = (SETTINGS, PARAMETERS)
 SHARD = "amos_shard"  # in the saved state of a partition: this rank's own, for the same number of ranks
 
 FRESH = (
@@ -62,7 +69,9 @@ def _held(pieces: Sequence[Any], state: State, kinds: dict[int, str]) -> Iterato
         yield piece, held
 
 
-def shares(pieces: Sequence[Any], state: State, kinds: dict[int, str]) -> Iterator[tuple[Share, Tensor]]:
+def shares(
+    pieces: Sequence[Any], state: State, kinds: dict[int, str], momentum: bool = False
+) -> Iterator[tuple[Share, Tensor]]:
     """What a partition contributes to the whole state of its parameters: over all ranks each number once.
 
     A row belongs to the rank that has its first element, columns and the step to the one that has the parameter's.
@@ -78,6 +87,9 @@ def shares(pieces: Sequence[Any], state: State, kinds: dict[int, str]) -> Iterat
                 yield Share(piece.key, name, rows.start, len(own)), own
             elif piece.owns_columns:
                 yield Share(piece.key, name, 0, len(vector)), vector
+        if momentum and "momentum" in state:
+            own = state["momentum"][piece.offset : piece.offset + piece.length]
+            yield Share(piece.key, "momentum", piece.start, piece.length), own
 
 
 def cut(pieces: Sequence[Any], entries: dict[int, State], kinds: dict[int, str]) -> State:
@@ -118,28 +130,91 @@ def save(
     Raises:
         RuntimeError: on every rank, where any rank does not know what a partition holds.
     """
-    fault = next((member.fault for member in members if member.fault), "")
-    process_groups = list(dict.fromkeys(group for member in members for group in member.layout.fellows))
-    for process_group in process_groups:
-        fault = disagreement(process_group, fault, doing="save")
-    if fault:
-        raise RuntimeError(fault)
-    entries: dict[str, State] = {}
-    for process_group in process_groups:
-        some = [member for member in members if process_group in member.layout.fellows]
-        mine = [pair for m in some for pair in shares(m.layout.pieces, states[m.tensor], kinds)]
-        for share, numbers in _gathered(mine, process_group):
-            original = originals[share.key]
-            if original.name not in entries:
-                entries[original.name] = _empty_entry(original, kinds[share.key], groups[original.group])
-            entries[original.name][share.name].view(-1)[share.first : share.first + share.size] = numbers
+    entries = _entries(members, states, groups, originals, kinds, doing="save")
     settings = [{k: v for k, v in group.items() if k != "params"} for group in state_dict["param_groups"]]
-    state_dict["param_groups"][0] |= {ENTRY: entries, SETTINGS: settings}
+    parameters = [trained(originals, number) for number in range(len(groups))]
+    state_dict["param_groups"][0] |= {ENTRY: entries, SETTINGS: settings, PARAMETERS: parameters}
     partitions = {id(member.tensor) for member in members}
     tensors = [tensor for group in groups for tensor in group["params"]]
     for number, tensor in enumerate(tensors):
         if id(tensor) in partitions and number in state_dict["state"]:
             state_dict["state"][number] = _planes(state_dict["state"][number], tensor)
+
+
+def full_state(trainer: Any) -> dict[str, State]:
+    """The optimizer's whole state by the full name of each parameter, in the shapes of one that is not sharded.
+
+    Every rank must call this. Under ZeRO the first rank has it all, momentum in float32 too, and the others nothing;
+    otherwise every rank has it. What is returned are copies.
+
+    Args:
+        trainer: an engine of DeepSpeed, or an `Amos`.
+
+    Raises:
+        TypeError: it is neither.
+        RuntimeError: on every rank, where any rank does not know what a partition holds.
+    """
+    wrapped = getattr(trainer, "optimizer", trainer)
+    amos: Amos = getattr(wrapped, "optimizer", wrapped)
+    if not hasattr(amos, "_partitions"):
+        raise TypeError(f"there is no Amos in {type(trainer).__name__}. Give an engine of DeepSpeed or an Amos.")
+    found = (getattr(original.param, "_z3_optimizer", None) for original in amos._originals)
+    stage3 = next((zero for zero in found if zero is not None and zero.optimizer is amos), None)
+    if stage3 is None:
+        return _full_state(amos)
+    stage3._set_fp32_optimizer_param_groups()  # it empties the groups between steps
+    try:
+        return _full_state(amos)
+    finally:
+        stage3._clear_fp32_optimizer_param_groups()
+
+
+@torch.no_grad()
+def _full_state(amos: Amos) -> dict[str, State]:
+    amos._take_loaded()
+    if partitions := amos._partitions():
+        about = partitions, amos.state, amos._groups, amos._originals, amos._kinds
+        return _entries(*about, doing="gather the state", momentum=True)
+    result = {}
+    for member in amos._members(bool(amos.state.get(tensor)) for tensor in amos._tensors()):
+        original = amos._originals[member.layout.pieces[0].key]
+        result[original.name] = sigma_entry(member.group["measured_sigma"][original.place])
+        for key, value in amos.state[member.tensor].items():
+            if isinstance(value, Tensor):
+                whole: Any = getattr(value, "full_tensor", value.clone)  # a DTensor's, or what is whole already
+                result[original.name][key] = whole()
+    return result
+
+
+def _entries(
+    members: Sequence[Member],
+    states: dict[Tensor, State],
+    groups: Sequence[dict[str, Any]],
+    originals: Sequence[Original],
+    kinds: dict[int, str],
+    doing: str,
+    momentum: bool = False,
+) -> dict[str, State]:
+    """The whole state by name, on the first rank of each process group; the arguments are those of `save`."""
+    fault = next((member.fault for member in members if member.fault), "")
+    process_groups = list(dict.fromkeys(group for member in members for group in member.layout.fellows))
+    for process_group in process_groups:
+        fault = disagreement(process_group, fault, doing=doing)
+    if fault:
+        raise RuntimeError(fault)
+    entries: dict[str, State] = {}
+    for process_group in process_groups:
+        some = [member for member in members if process_group in member.layout.fellows]
+        mine = [pair for m in some for pair in shares(m.layout.pieces, states[m.tensor], kinds, momentum)]
+        for share, numbers in _gathered(mine, process_group):
+            original = originals[share.key]
+            if original.name not in entries:
+                entries[original.name] = _empty_entry(original, kinds[share.key], groups[original.group])
+            entry = entries[original.name]
+            if share.name not in entry:
+                entry[share.name] = torch.zeros(original.shape)
+            entry[share.name].view(-1)[share.first : share.first + share.size] = numbers
+    return entries
 
 
 def _gathered(mine: list[tuple[Share, Tensor]], group: Any) -> Iterator[tuple[Share, Tensor]]:
@@ -200,8 +275,13 @@ def own_part(state_dict: dict[str, Any]) -> dict[str, Any]:
             states[number] = {"step": state["step"], **state[SHARD]}
             if plane.numel() < 2 or plane.stride() != (0,):
                 states[number]["momentum"] = plane
-    groups = [{k: v for k, v in g.items() if k not in (ENTRY, SETTINGS)} for g in state_dict["param_groups"]]
+    groups = [{k: v for k, v in g.items() if k not in (ENTRY, *BESIDE)} for g in state_dict["param_groups"]]
     return {**state_dict, "state": states, "param_groups": groups}
+
+
+def trained(originals: Sequence[Original], group: int) -> list[tuple[str, tuple[int, ...]]]:
+    """What ZeRO cuts into the partitions of a group, in its order."""
+    return [(o.name, o.shape) for o in originals if o.group == group and o.trainable and o.numel]
 
 
 @dataclass(eq=False)
@@ -261,8 +341,8 @@ def take(
     entries, settings = written[ENTRY], written.get(SETTINGS, ())
     for number, group in enumerate(groups):
         overwritten = number > 0 and ENTRY in group  # by group 0's: what stage 3's loader does
-        group.pop(ENTRY, None)
-        group.pop(SETTINGS, None)
+        for key in (ENTRY, *BESIDE):
+            group.pop(key, None)
         if len(settings) == len(groups):
             group.update(settings[number])
         elif overwritten:
@@ -285,14 +365,17 @@ def take(
     return Loaded(entries, {*states, *partitions}, fault)
 
 
+def absent(name: str) -> str:
+    return (
+        f"the checkpoint has no state for parameter {name!r}. Load it into the model that it was written with. {FRESH}"
+    )
+
+
 def _fault(entry: State | None, original: Original, kind: str, is_auto: bool) -> str:
     """What keeps a parameter from taking `entry`. is_auto: sigma must have been measured."""
     name = original.name
     if entry is None:
-        return (
-            f"the checkpoint has no state for parameter {name!r}. "
-            f"Load it into the model that it was written with. {FRESH}"
-        )
+        return absent(name)
     if is_auto and "sigma" not in entry:
         return (
             f"the checkpoint has no sigma for {name!r}. "

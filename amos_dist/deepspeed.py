@@ -59,7 +59,8 @@ def _refuse(engine: Any) -> None:
     zero, offload = config.zero_config, getattr(config.zero_config, "offload_optimizer", None)
     refusals = []
     if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
-        refusals.append(("zero_optimization.offload_optimizer.device=nvme", 'use "cpu"'))
+        why = "DeepSpeed swaps all state as if it had the parameters' shape, which row and column moments do not have"
+        refusals.append(("zero_optimization.offload_optimizer.device=nvme", f'use "cpu": {why}'))
     if offload is not None and getattr(offload, "ratio", 1.0) != 1.0:
         refusals.append((f"zero_optimization.offload_optimizer.ratio={offload.ratio}", "set it to 1.0"))
     if getattr(offload, "super_offload", False):
@@ -73,5 +74,9 @@ def _refuse(engine: Any) -> None:
         for option in ("bf16_master_weights_and_grads", "fp16_master_weights_and_grads", "bf16_optimizer_states"):
             if getattr(low, option, False):
                 refusals.append((option, "set it to false: Amos keeps float32 master weights"))
+    skips = zero.stage or engine.fp16_enabled() or engine.bfloat16_enabled()
+    if skips and (config.optimizer_params or {}).get("on_nonfinite") == "raise":
+        remedy = "leave it out: DeepSpeed skips such steps itself, before the optimizer hears of them"
+        refusals.append(("on_nonfinite='raise'", remedy))
     for what, remedy in refusals:
         raise RuntimeError(f"Amos does not work with {what}. In DeepSpeed's JSON, {remedy}.")

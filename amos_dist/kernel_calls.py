@@ -45,7 +45,7 @@ class Launch:
         self.state = self.steps = torch.empty(0)
         self._bound: list[Any] = []  # all that was in the states when they were last looked at, and what of it is ours
         self._own: list[Tensor] = []
-        self._watched: list[tuple[State, str]] = []  # one of each state: who moves its data moves all of it
+        self._watched: list[tuple[State, str]] = []  # whose data may be moved: one of each state, all of a partition's
         self._addresses: list[int] = []
         self._masks: dict[tuple[bool, ...], Tensor] = {}
         self._versions: list[Any] = []  # of the parameters when they were last written here, where there are masters
@@ -87,7 +87,14 @@ class Launch:
             state[key] = dtensor.held_in(part, state[key])
         self._bound = [value for state in self.states for value in state.values()]
         self._own = self._own_values()
-        self._watched = [(state, "decay" if "decay" in state else "step") for state in self.states]
+        self._watched = [
+            (state, key)
+            for member, state in zip(self.members, self.states, strict=True)
+            for key in (
+                (*FLOAT_STATE, "step") if member.layout.is_partition else ("decay" if "decay" in state else "step",)
+            )
+            if key in state
+        ]
         self._addresses = self._find_addresses()
         self._versions = [None] * len(self.tensors)
 

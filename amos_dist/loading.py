@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import settings
+from .checkpoint import FRESH, PARAMETERS, absent, trained
 from .member import misplaced, state_shapes
 from .sharding import Layout, Original
 from .state import State, kept_dims, refuse_foreign, refuse_shapes
@@ -121,6 +122,40 @@ def refuse_state_dict(
                     f"the state_dict has no sigma for {original.name!r}. Build the optimizer with the groups, the "
                     "`sigma` and the rules that the checkpoint was written with; named parameters may be fewer."
                 )
+
+
+def refuse_other_model(state_dict: dict[str, Any], originals: Sequence[Original]) -> None:
+    """ZeRO's partitions do not say what they were cut from: those of another model would be taken for this one's.
+
+    A parameter may have another name, at the same place.
+
+    Raises:
+        ValueError: on every rank: the model has gained, lost or moved a parameter.
+    """
+    groups = state_dict.get("param_groups") or [{}]
+    saved = [[(name, tuple(shape)) for name, shape in group] for group in groups[0].get(PARAMETERS, ())]
+    own = [trained(originals, number) for number in range(len(saved))]
+    there, here = ({name for group in groups for name, _ in group} for groups in (saved, own))
+    for theirs, mine in zip(saved, own, strict=True):
+        different = [
+            (a, b)
+            for a, b in zip(mine, theirs, strict=False)
+            if a[1] != b[1] or (a[0] != b[0] and (a[0] in there or b[0] in here))
+        ]
+        gained = next((name for name, _ in mine if name not in there), None)
+        lost = next((name for name, _ in theirs if name not in here), None)
+        if len(mine) > len(theirs) and gained is not None:
+            raise ValueError(absent(gained))
+        if len(mine) < len(theirs) and lost is not None:
+            what = f"the checkpoint has state for parameter {lost!r}, which the optimizer does not have"
+        elif different:
+            (name, shape), (other, there_shape) = different[0]
+            what = f"parameter {name!r} of shape {shape} is where the checkpoint has {other!r} of shape {there_shape}"
+        elif len(mine) != len(theirs):
+            what = "a parameter is in another group than in the checkpoint"
+        else:
+            continue
+        raise ValueError(f"{what}. Load it into the model that it was written with. {FRESH}")
 
 
 def refuse_other_views(group: dict[str, Any], built: dict[int, dict[str, Any]]) -> None:

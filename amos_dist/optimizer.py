@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import amp, checkpoint, nonfinite, settings
 from . import rules as module_rules
-from .loading import in_own_terms, refuse_damaged, refuse_other_views, refuse_state_dict
+from .loading import in_own_terms, refuse_damaged, refuse_other_model, refuse_other_views, refuse_state_dict
 from .member import Member, is_lost, make_state, member_of
 from .originals import (
     Surroundings,
@@ -27,7 +27,7 @@ from .originals import (
 )
 from .plan import Plan
 from .sharding import Layout, Original, dtensor, layout_of
-from .sharding.zero import original_shape
+from .sharding.zero import link, original_shape
 from .state import own_memory, put_back
 from .tables import Constants
 
@@ -345,7 +345,10 @@ class Amos(Optimizer):
         original = next((self._originals[piece.key] for piece in member.layout.pieces), None)
         state = self.state[member.tensor]
         fault = self._loaded.adopt(member, state, self._originals, self._kinds)
-        return fault or make_state(member, state, original, self._kinds)
+        fault = fault or make_state(member, state, original, self._kinds)
+        if not fault and member.layout.is_partition:
+            link(member.tensor, state, [self._originals[piece.key] for piece in member.layout.pieces])
+        return fault
 
     def _layout(self, index: int, tensor: Tensor, group: dict[str, Any]) -> Layout:
         if id(tensor) not in self._layouts or self._layouts[id(tensor)][1].fault:
@@ -399,6 +402,7 @@ class Amos(Optimizer):
 
         def refuse(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             refuse_damaged(given)
+            refuse_other_model(given, self._originals)
             final = in_own_terms(checkpoint.own_part(given), self.param_groups)
             refuse_state_dict(final, self.param_groups, self._originals, self._kinds, self._setting)
             for saved in final["param_groups"]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import settings
-from ..checkpoint import ENTRY, SETTINGS, measured_in, sigma_entry
+from ..checkpoint import BESIDE, ENTRY, SETTINGS, measured_in, sigma_entry
 from ..state import FLOAT_STATE, refuse_foreign
 from .canonical import Checkpoint, tied
 from .files import first_line, is_tag, is_universal, progress
@@ -126,7 +126,8 @@ def _read_universal(folder: Path, source: Path) -> Checkpoint:
     groups = [{**group} for group in common.get("param_groups", ())]
     entries = groups[0].pop(ENTRY, None) if groups else None
     for group in groups:
-        group.pop(SETTINGS, None)
+        for key in BESIDE:
+            group.pop(key, None)
     if not entries:
         raise ValueError(
             f"{source} has no state of Amos: another optimizer wrote it. "

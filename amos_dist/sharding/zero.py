@@ -41,6 +41,17 @@ def partition_sum_of_squares(param: Any) -> tuple[torch.Tensor, Any] | None:
     return param.ds_tensor.data.view(-1)[:held].double().square().sum(), group
 
 
+def link(flat: torch.Tensor, state: dict[str, Any], originals: list[Original]) -> None:
+    """Stages 1 and 2 read momentum by the parameter's name, through views that they make once, after the first step.
+
+    Loading and offloading put other tensors into the state: the old views would show, and take, numbers of no use.
+    """
+    for original in originals:
+        mapping = getattr(original.param, "_hp_mapping", None)
+        if mapping is not None:
+            mapping.set_optim_state_fragment(flat, state)
+
+
 def original_shape(param: Any) -> tuple[int, ...]:
     """The shape of a parameter, partitioned (zero.Init) or not."""
     return tuple(getattr(param, "ds_shape", param.shape))

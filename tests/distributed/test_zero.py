@@ -210,8 +210,9 @@ REFUSED = {
     "nvme": (
         {"stage": 3, "zero": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp/none"}}},
         "RuntimeError",
-        "device=nvme",
+        'device=nvme. In DeepSpeed\'s JSON, use "cpu": DeepSpeed swaps',
     ),
+    "raise": ({"params": {**PARAMS, "on_nonfinite": "raise"}}, "RuntimeError", "on_nonfinite='raise'"),
     "elastic": ({"stage": 1, "zero": {"elastic_checkpoint": True}}, "RuntimeError", "elastic_checkpoint"),
     "master weights": (
         {"stage": 1, "dtype": "bf16", "config": {"bf16": {"bf16_master_weights_and_grads": True}}},

@@ -15,7 +15,7 @@ from tests.distributed.harness import run_cases
 
 WORKER = Path(__file__).with_name("zero_checkpoint_worker.py")
 FOLDER = tempfile.TemporaryDirectory()
-TOLERANCE = {"fp32": 1e-6, "bf16": 2e-2}  # max-norm, relative, after ten more steps on other ranks
+TOLERANCE = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 3e-3}  # max-norm, relative, after ten more steps on other ranks
 AUTO = {"lr": 0.02, "beta": 0.95}  # sigma is measured
 KINDS = [
     {"match": "head", "moments": "row", "sigma": 0.2, "lr": 0.01},
@@ -24,7 +24,22 @@ KINDS = [
     {"match": "embed", "moments": "scalar"},
 ]
 
+DECAY = {"type": "InverseSquareDecay", "params": {"half_life": 8, "warmup": 3}}
+WARMUP = {
+    "type": "WarmupDecayLR",
+    "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.02, "warmup_num_steps": 5, "total_num_steps": 20},
+}
+# The loss scale doubles after every two good steps.
+GROWING = {"fp16": {"initial_scale_power": 12, "loss_scale_window": 2, "hysteresis": 1}}
+MOMENTUM = {**AUTO, "momentum": 0.9}
+
 SAVED: list[dict[str, Any]] = [
+    {"name": "stage 0 groups", "stage": 0, "groups": True, "params": {**MOMENTUM, "rules": KINDS}, "scheduler": DECAY},
+    {"name": "stage 0 bf16", "stage": 0, "dtype": "bf16", "params": MOMENTUM},
+    {"name": "stage 0 fp16", "stage": 0, "dtype": "fp16", "params": MOMENTUM, "scheduler": WARMUP},
+    {"name": "stage 1 fp16", "stage": 1, "dtype": "fp16", "params": MOMENTUM, "scheduler": DECAY},
+    {"name": "stage 2 fp16", "stage": 2, "dtype": "fp16", "params": MOMENTUM, "scheduler": WARMUP},
+    {"name": "stage 3 fp16 init", "stage": 3, "dtype": "fp16", "params": MOMENTUM, "scheduler": DECAY, "init": True},
     {"name": "stage 1 groups", "stage": 1, "groups": True, "params": {**AUTO, "momentum": 0.9, "rules": KINDS}},
     {"name": "stage 1 bf16 fp32 accumulation", "stage": 1, "dtype": "bf16", "params": {**AUTO, "momentum": 0.9}},
     {"name": "stage 2", "stage": 2, "params": {**AUTO, "rules": KINDS}},
@@ -32,11 +47,21 @@ SAVED: list[dict[str, Any]] = [
     {"name": "stage 3 groups", "stage": 3, "groups": True, "params": {**AUTO, "momentum": 0.9, "rules": KINDS}},
     {"name": "stage 3 bf16", "stage": 3, "dtype": "bf16", "params": AUTO},
 ]
-SAVED[1]["by_deepspeed"] = True  # loaded at its own stage only
-SAVED[1]["config"] = {"data_types": {"grad_accum_dtype": "fp32"}}
-SAVED[3]["params"]["momentum_dtype"] = "bfloat16"
-SAVED[4]["zero"] = {"sub_group_size": 50}
 BY_NAME = {case["name"]: case for case in SAVED}
+for saved in SAVED:
+    if saved.get("dtype") == "fp16":
+        saved |= {"config": GROWING, "overflow_at": [1, 2, 8, 11]}
+for by_deepspeed in ("stage 1 bf16 fp32 accumulation", "stage 2 fp16"):  # loaded at its own stage only
+    BY_NAME[by_deepspeed]["by_deepspeed"] = True
+BY_NAME["stage 1 bf16 fp32 accumulation"] |= {
+    "config": {"data_types": {"grad_accum_dtype": "fp32"}},
+    "scheduler": WARMUP,
+}
+BY_NAME["stage 2 bf16"]["params"]["momentum_dtype"] = "bfloat16"
+# Without it DeepSpeed's prefetching stumbles over the unused parameter after a checkpoint, whatever the optimizer.
+BY_NAME["stage 3 fp16 init"]["zero"] = {"stage3_param_persistence_threshold": 0}
+BY_NAME["stage 3 groups"]["zero"] = {"sub_group_size": 50}
+ELSEWHERE = [saved for saved in SAVED if saved["stage"]]  # stage 0 has no universal checkpoint
 
 
 def case(do: str, of: str, stage: int | None = None, **more: Any) -> dict[str, Any]:
@@ -50,25 +75,46 @@ def case(do: str, of: str, stage: int | None = None, **more: Any) -> dict[str, A
 
 SAVES = [{"dtype": "fp32", **saved, "do": "save", "folder": FOLDER.name} for saved in SAVED]
 LOADS = {
-    1: [case("load", "stage 1 groups"), case("load", "stage 3 groups"), case("load", "stage 2", 3)],
+    1: [
+        case("load", "stage 1 groups"),
+        case("load", "stage 3 groups"),
+        case("load", "stage 2", 3),
+        case("load", "stage 2 fp16"),
+    ],
     2: [
         case("load", "stage 1 groups", 3),
         case("load", "stage 3 groups", 2),
         case("load", "stage 2 bf16"),
         case("load", "stage 3 bf16", 1),
+        case("load", "stage 2", 3, init=True),
+        case("load", "stage 3 fp16 init", 1, init=False),
     ],
     3: [
-        *(case("load", saved["name"]) for saved in SAVED),
+        *(case("load", saved["name"]) for saved in ELSEWHERE),
         case("load", "stage 3 groups", step_first=True),
         case("load", "stage 1 groups", step_first=True),
         case("load", "stage 3 groups", without="amos_groups"),  # stage 3 has given group 0's settings to both
     ],
-    4: [case("load", "stage 1 groups"), case("load", "stage 2"), case("load", "stage 3 groups")],
+    4: [
+        case("load", "stage 1 groups"),
+        case("load", "stage 2"),
+        case("load", "stage 3 groups"),
+        case("load", "stage 3 fp16 init"),
+    ],
 }
 FRESH = [
-    {"name": f"fresh stage {stage}", "do": "start_fresh", "stage": stage, "dtype": "fp32", "params": AUTO}
-    | {"folder": FOLDER.name}
-    for stage in (1, 2, 3)
+    {"name": f"fresh stage {stage} {dtype}", "do": "start_fresh", "stage": stage, "dtype": dtype, "folder": FOLDER.name}
+    | {"params": {**AUTO, "sigma": 0.3}}
+    for stage, dtype in (
+        (0, "fp32"),
+        (0, "bf16"),
+        (0, "fp16"),
+        (1, "fp16"),
+        (2, "fp32"),
+        (2, "bf16"),
+        (3, "fp32"),
+        (3, "bf16"),
+    )
 ]
 FAULTS = {
     "absent": "the checkpoint has no state for parameter 'conv.weight'. Load it into the model",
@@ -101,8 +147,13 @@ def results(ranks: int) -> list[dict[str, Any]]:
 def test_the_same_number_of_ranks_resumes_bit_for_bit(wanted: dict[str, Any]) -> None:
     for rank in results(2):
         got = rank[wanted["name"]]
-        assert got["kept"] == []
-        assert got["resumed"] == []
+        assert got["kept"] == []  # the optimizer's whole state, to the bit
+        assert got["same_scale"]
+        assert got["same_steps"]  # of each: learning rates, loss scale, whether it overflowed
+        assert got["resumed"] == []  # weights and state, to the bit
+        if "scheduler" in wanted:
+            assert len({tuple(rates) for rates in got["rates"]}) > 5  # it is at work
+        assert got["overflows"] == ([2, 2] if wanted["dtype"] == "fp16" else [0, 0])
 
 
 @pytest.mark.timeout(500)
@@ -111,7 +162,7 @@ def test_what_is_saved(wanted: dict[str, Any]) -> None:
     first, second = (rank[wanted["name"]] for rank in results(2))
     assert first["live"] == second["live"] == []  # nothing for checkpoints stays in the optimizer's groups
     assert first["names"] == 13
-    assert second["names"] == 0  # the first rank's are the only ones that DeepSpeed keeps
+    assert second["names"] == (0 if wanted["stage"] else 13)  # the first rank's are the only ones that DeepSpeed keeps
     assert first["fp32"] == 0  # zero_to_fp32
 
 
@@ -131,11 +182,19 @@ def test_other_ranks_and_stages_go_on(ranks: int, wanted: dict[str, Any]) -> Non
     for rank in results(ranks):
         got = rank[wanted["name"]]
         assert got["changed"] == []  # the state, to the bit
-        assert got["worst"] <= TOLERANCE[wanted["dtype"]] or "without" in wanted  # whose lr is the JSON's
+        # "without" has the JSON's lr. DeepSpeed halves the gradients of a step that doubles the loss scale: these are
+        # other steps where the scale starts anew.
+        if "without" not in wanted and (wanted["dtype"] != "fp16" or wanted.get("by_deepspeed")):
+            assert got["worst"] <= TOLERANCE[wanted["dtype"]]
         assert got["live"] == []
+        assert got["same_rates"] or "without" in wanted
+        if wanted["dtype"] == "fp16":  # DeepSpeed's own converter keeps the loss scale, ours starts anew
+            saved, found = got["scales"]
+            assert saved != 2**12
+            assert found == (saved if wanted.get("by_deepspeed") else 2**12)
         assert bool(got["narrowed"]) == (wanted["stage"] == 3)  # no numbers that mean nothing
         assert got["markers"] == list(range(len(got["markers"])))
-        assert got["steps"] == [13]
+        assert got["steps"] == [11 if wanted["dtype"] == "fp16" else 15]
 
 
 @pytest.mark.timeout(500)
@@ -147,6 +206,10 @@ def test_another_optimizers_weights(wanted: dict[str, Any]) -> None:
         assert "load_optimizer_states=False" in got["text"]
         assert got["weights"] == [0, 0]
         assert got["steps"] == [[2], [2]]
+        # As of an engine that is built on these weights. At stage 0 in 16 bits DeepSpeed refreshes the float32 copies,
+        # from which it steps, with load_module_only alone, whatever the optimizer.
+        stale = wanted["stage"] == 0 and wanted["dtype"] != "fp32"
+        assert got["after"][stale:] == [[], []][stale:]
 
 
 @pytest.mark.timeout(500)
@@ -158,4 +221,4 @@ def test_what_does_not_fit_is_an_error_on_every_rank(wanted: dict[str, Any]) -> 
         assert got["changed"] == []
     if wanted["fault"] == "one rank":
         assert first["texts"][0].startswith("rank 1 cannot take this step: ")
-        assert first["texts"][1].startswith("rank 1 cannot save: ")
+        assert first["texts"][1].startswith("rank 1 cannot gather the state: ")

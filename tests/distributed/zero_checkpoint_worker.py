@@ -1,6 +1,7 @@
 """Saves, converts and loads checkpoints under DeepSpeed ZeRO, for each case, and reports what differs.
 
 A case: {"name", "do": "save" | "load" | "start_fresh" | "fault", "folder", …} and what zero_worker.engine_for reads.
+"overflow_at": steps of which the gradients are not finite.
 "load": "of": the name of the case that was saved; "step_first": state_dict() is not called before; "without": a key of
 the groups that is not there, as in a checkpoint that something else has written. "fault": what to break before.
 """
@@ -19,17 +20,37 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_optimizer_state
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+from amos_dist.checkpoint import full_state
 from amos_dist.convert import convert
+from tests.distributed import zero_worker
 from tests.distributed.harness import received, relative, report
 from tests.distributed.model import Model
 from tests.distributed.zero_worker import DTYPES, engine_for, full_parameters, make_model, train_steps
 
-BEFORE, AFTER = range(3), range(3, 13)
+BEFORE, AFTER = range(5), range(5, 15)  # the checkpoint
+OURS = ("amos_state", "amos_groups", "amos_parameters")  # in the groups of a checkpoint
 State = dict[str, Any]
 
 
 def base(engine: Any) -> Any:
-    return engine.optimizer.optimizer
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def scale(engine: Any) -> State:
+    """The loss scale, and what decides when it changes."""
+    held = getattr(engine.optimizer, "loss_scale_config", None) or getattr(engine.optimizer, "loss_scaler", None)
+    return {key: value for key, value in vars(held).items() if type(value) in (int, float, bool)} if held else {}
+
+
+def train(engine: Any, case: State, steps: range) -> State:
+    """What was to be seen from step to step: the learning rates, the loss scale, the steps that overflowed."""
+    seen: list[Any] = []
+    for step in steps:
+        large = 1e30 if step in case.get("overflow_at", ()) else 1.0
+        train_steps(engine, case, range(step, step + 1), large)
+        rates = [float(group["lr"]) for group in engine.optimizer.param_groups]
+        seen.append([rates, scale(engine).get("cur_scale"), engine.skipped_steps, engine.global_steps])
+    return {"seen": seen, "overflows": engine.skipped_steps, "scale": scale(engine)}
 
 
 def other_start(dtype: torch.dtype) -> Model:
@@ -43,28 +64,26 @@ def other_start(dtype: torch.dtype) -> Model:
     return model
 
 
+def first_engine(case: State) -> Any:
+    starts = make_model(DTYPES[case["dtype"]])
+    return _engine(case, starts)
+
+
 def new_engine(case: State, **more: Any) -> Any:
     config = {**case.get("config", {}), **more}
-    return engine_for({**case, "config": config}, 24, other_start(DTYPES[case["dtype"]]))
+    return _engine({**case, "config": config}, other_start(DTYPES[case["dtype"]]))
 
 
-def whole_state(engine: Any) -> dict[str, State]:
-    """By name; on rank 0 alone."""
-    zero = engine.optimizer
-    if hasattr(zero, "_set_fp32_optimizer_param_groups"):  # as stage 3 does when it saves
-        zero._set_fp32_optimizer_param_groups()
-    try:
-        return base(engine).state_dict()["param_groups"][0]["amos_state"]
-    finally:
-        if hasattr(zero, "_set_fp32_optimizer_param_groups"):
-            zero._clear_fp32_optimizer_param_groups()
+def _engine(case: State, model: Model) -> Any:
+    if case.get("init"):  # zero.Init: the model is built there, and these become its start values
+        zero_worker.START = {DTYPES[case["dtype"]]: {n: p.detach().clone() for n, p in model.named_parameters()}}
+    return engine_for(case, 24, None if case.get("init") else model)
 
 
-def whole_momentum(engine: Any) -> dict[str, torch.Tensor]:
-    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # as stages 1 and 2 do after a step
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+def momentum_by_name(engine: Any) -> dict[str, torch.Tensor]:
+    """As DeepSpeed finds it."""
     trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
-    return {name: safe_get_full_optimizer_state(p, "momentum").view(-1).clone() for name, p in trained}
+    return {name: safe_get_full_optimizer_state(p, "momentum").clone() for name, p in trained}
 
 
 def different(a: dict[str, State], b: dict[str, State]) -> list[str]:
@@ -96,76 +115,77 @@ def make_universal(folder: Path, by_deepspeed: bool) -> None:
 
 
 def save(case: State) -> State:
-    """Three steps, a checkpoint, ten more; the same again from the checkpoint; then what other ranks will load."""
+    """Some steps, a checkpoint, ten more; the same again from the checkpoint; then what other ranks will load."""
     folder = Path(case["folder"], case["name"].replace(" ", "_"))
-    engine = engine_for(case, 24)
-    train_steps(engine, case, BEFORE)
-    for number, group in enumerate(base(engine).param_groups):  # as a schedule does: no longer the JSON's
-        group["lr"] *= 0.5 + number
+    engine = first_engine(case)
+    start = train(engine, case, BEFORE)
+    if "scheduler" not in case:
+        for number, group in enumerate(base(engine).param_groups):  # as a schedule does: no longer the JSON's
+            group["lr"] *= 0.5 + number
     engine.save_checkpoint(str(folder), "saved")
-    live = [key for group in base(engine).param_groups for key in group if key in ("amos_state", "amos_groups")]
+    live = [key for group in base(engine).param_groups for key in group if key in OURS]
     own = [held[key] for held in base(engine).state.values() for key in ("row_moment", "decay") if key in held]
-    state, then = whole_state(engine), full_parameters(engine)
-    if dist.get_rank() == 0:
+    state, then = full_state(engine), full_parameters(engine)
+    sharded = case["stage"] > 0
+    if dist.get_rank() == 0 and sharded:
         make_universal(folder, case.get("by_deepspeed", False))
     size = sum(file.stat().st_size for file in (folder / "saved").glob("*optim_states.pt"))
-    train_steps(engine, case, AFTER)
-    after = full_parameters(engine)
+    steps = train(engine, case, AFTER)
+    end, weights = full_state(engine), full_parameters(engine)
 
     again = new_engine(case)
     again.load_checkpoint(str(folder), "saved")
-    kept = different(whole_state(again), state)
-    train_steps(again, case, AFTER)
-    weights = 0.0
+    kept = different(full_state(again), state)
+    same_scale = scale(again) == start["scale"]
+    resumed = train(again, case, AFTER) == steps
+    masters_off = 0.0
     if dist.get_rank() == 0:
-        torch.save((state, after), folder / "expected.pt")
-    if dist.get_rank() == 0 and "data_types" not in case.get("config", {}):  # zero_to_fp32 refuses BF16_Optimizer's
+        torch.save((state, weights, start, steps), folder / "expected.pt")
+    if dist.get_rank() == 0 and sharded and "data_types" not in case.get("config", {}):  # refuses BF16_Optimizer's
         masters = get_fp32_state_dict_from_zero_checkpoint(str(folder), "saved")
         dtype = DTYPES[case["dtype"]]
-        weights = worst(then, {name: value.to(dtype).float() for name, value in masters.items()})
+        masters_off = worst(then, {name: value.to(dtype).float() for name, value in masters.items()})
     dist.barrier()
     return {
         "live": live,
         "dims": sorted({value.dim() for value in own}),
         "kept": kept,
-        "resumed": different({"": after}, {"": full_parameters(again)}),
+        "resumed": different({"": weights}, {"": full_parameters(again)}) + different(end, full_state(again)),
+        "same_scale": same_scale,
+        "same_steps": resumed,
+        "rates": [rates for rates, *_ in steps["seen"]],
+        "overflows": [start["overflows"], steps["overflows"] - start["overflows"]],
         "names": len(state),
         "size": size,
-        "fp32": weights,
+        "fp32": masters_off,
     }
 
 
 def load(case: State) -> State:
     """Loads what another number of ranks, or another stage, has saved, and takes the ten steps."""
     folder = Path(case["folder"], case["of"].replace(" ", "_"))
-    state, after = torch.load(folder / "expected.pt")
+    state, after, start, steps = torch.load(folder / "expected.pt")
     engine = new_engine(case, checkpoint={"load_universal": True})
     engine.load_checkpoint(str(folder / "converted"), "universal")
     for group in base(engine).param_groups:
         group.pop(case.get("without"), None)
-    if not case.get("step_first"):  # adopted by state_dict(), else by step()
-        got = whole_state(engine)
+    found = scale(engine).get("cur_scale")
+    changed = []
+    if not case.get("step_first"):  # adopted by full_state(), else by step()
+        got = full_state(engine)
         changed = different(got, state) if dist.get_rank() == 0 else []
-        momentum = {}
         if case["params"].get("momentum"):
-            momentum = whole_momentum(engine)
-        planes = {
-            n: torch.load(folder / "converted" / "universal" / "zero" / n / "exp_avg.pt")["param"] for n in momentum
-        }
-        changed += different(
-            {"momentum": {n: v.float() for n, v in momentum.items()}},
-            {"momentum": {n: v.float().view(-1) for n, v in planes.items()}},
-        )
-    else:
-        changed = []
-    train_steps(engine, case, AFTER)
+            momentum = momentum_by_name(engine)
+            expected = {name: entry["momentum"] for name, entry in state.items()}
+            changed += different({"momentum": momentum}, {"momentum": expected})
+    seen = train(engine, case, AFTER)["seen"]
     narrowed = ""
     if case["stage"] == 3:  # DeepSpeed takes any tensor of a partition's state for numbers of its elements
         try:
             safe_get_full_optimizer_state(engine.module.embed.weight, "decay")
         except (RuntimeError, IndexError) as error:
             narrowed = type(error).__name__
-    live = [key for group in base(engine).param_groups for key in group if key in ("amos_state", "amos_groups")]
+    live = [key for group in base(engine).param_groups for key in group if key in OURS]
     markers = [group["amos_group"] for group in base(engine).param_groups]
     planes_left = sorted({key for held in base(engine).state.values() for key in held if key.startswith("exp_avg")})
     return {
@@ -174,6 +194,8 @@ def load(case: State) -> State:
         "worst": worst(full_parameters(engine), after),
         "live": live + planes_left,
         "markers": markers,
+        "same_rates": [rates for rates, *_ in seen] == [rates for rates, *_ in steps["seen"]],
+        "scales": [start["scale"].get("cur_scale"), found],
         "steps": sorted({int(held["step"]) for held in base(engine).state.values()}),
     }
 
@@ -190,7 +212,14 @@ def start_fresh(case: State) -> State:
         text = ""
     except ValueError as error:
         text = str(error)
-    result: State = {"text": text, "weights": [], "steps": []}
+    model = make_model(DTYPES[case["dtype"]])
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(weights[name])
+    fresh = engine_for(case, 24, model)
+    train_steps(fresh, case, range(2, 4))
+    after = full_parameters(fresh)
+    result: State = {"text": text, "weights": [], "steps": [], "after": []}
     # Not load_module_only alone: stage 3 loads no weights then, and does not say so.
     for module_only in (False, True):
         engine = new_engine(case)
@@ -198,6 +227,7 @@ def start_fresh(case: State) -> State:
         result["weights"].append(worst(full_parameters(engine), weights))
         train_steps(engine, case, range(2, 4))
         result["steps"].append(sorted({int(held["step"]) for held in base(engine).state.values()}))
+        result["after"].append(different({"": full_parameters(engine)}, {"": after}))
     return result
 
 
@@ -220,7 +250,7 @@ def fault(case: State) -> State:
             group.pop("amos_state", None)
     before = full_parameters(engine)
     texts = []
-    for attempt in (lambda: train_steps(engine, case, AFTER[:1]), lambda: whole_state(engine)):
+    for attempt in (lambda: train_steps(engine, case, AFTER[:1]), lambda: full_state(engine)):
         try:
             attempt()
             texts.append("")

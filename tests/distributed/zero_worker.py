@@ -208,12 +208,13 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def train_steps(engine: Any, case: dict[str, Any], steps: range) -> None:
+def train_steps(engine: Any, case: dict[str, Any], steps: range, factor: float = 1.0) -> None:
+    """factor: of the loss."""
     micro = case.get("micro", 2)
     size = 12 * micro
     for step in steps:
         for part in batch(step, size).chunk(size // micro)[dist.get_rank() :: dist.get_world_size()]:
-            engine.backward(engine(part))
+            engine.backward(engine(part) * factor)
             engine.step()
 
 

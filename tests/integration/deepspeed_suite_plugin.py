@@ -1,0 +1,191 @@
+"""A pytest plugin: DeepSpeed's own tests get Amos wherever they configure Adam, and say how many engines had it.
+
+deepspeed_suite.py starts it. The ranks of a test are children of multiprocessing's forkserver, which imports this
+module first: what is replaced here is replaced in them too, and what takes long to import is imported once.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import functools
+import importlib
+import inspect
+import json
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+
+from amos_dist import Amos
+from amos_dist.checkpoint import ENTRY, SETTINGS, SHARD
+from tests.distributed.harness import free_port
+
+# What the script wants: which optimizer, where results and engines are noted, which tests.
+ORDERS = json.loads(Path(os.environ["DEEPSPEED_SUITE"]).read_text())
+ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
+ADAM_LR = 1e-3  # Adam's own, where a test names none
+MOMENTUM = 0.9  # Adam's own, too
+
+
+# ---- in every process ------------------------------------------------------------------------------------------------
+
+
+def note(file: str, line: dict[str, Any]) -> None:
+    """Appends a line in one write, so that ranks can share the file."""
+    with Path(ORDERS[file]).open("a") as out:
+        out.write(json.dumps(line) + "\n")
+
+
+def config_with_amos(config: Any) -> Any:
+    """DeepSpeed's JSON (a dict or a file), with Amos in the place of Adam; any other as it is."""
+    if isinstance(config, (str, os.PathLike)):
+        config = json.loads(Path(config).read_text())
+    optimizer = config.get("optimizer") or {} if isinstance(config, dict) else {}
+    if str(optimizer.get("type")).lower() not in ("adam", "adamw"):
+        return config
+    lr = optimizer.get("params", {}).get("lr", ADAM_LR)
+    return {
+        **copy.deepcopy(config),
+        "optimizer": {**optimizer, "type": "Amos", "params": {"lr": lr, "momentum": MOMENTUM}},
+    }
+
+
+def amos_for(optimizer: Any) -> Any:
+    """An Amos with the groups of an Adam; a function that makes one becomes a function that makes the other."""
+    if inspect.isfunction(optimizer):
+        return lambda params: amos_for(optimizer(params))
+    if type(optimizer).__name__ not in ADAMS:
+        return optimizer
+    foreign = optimizer.defaults.keys() - {"lr"}
+    groups = [{k: v for k, v in group.items() if k not in foreign} for group in optimizer.param_groups]
+    return Amos(groups, lr=optimizer.defaults["lr"], momentum=MOMENTUM)
+
+
+def replace(given: dict[str, Any]) -> None:
+    """Changes the arguments of deepspeed.initialize."""
+    for keyword in ("config", "config_params"):
+        given[keyword] = config_with_amos(given.get(keyword))
+    chosen = getattr(given.get("args"), "deepspeed_config", None)
+    if chosen and given["config"] is None:
+        given["config"], given["args"] = config_with_amos(chosen), None
+    old = given.get("optimizer")
+    given["optimizer"] = amos_for(old)
+    if given["optimizer"] is not old:
+        # Asked of every optimizer that is handed in as an object, but for DeepSpeed's own, with offload.
+        if isinstance(given["config"], dict):
+            given["config"] = {**given["config"], "zero_force_ds_cpu_optimizer": False}
+        if getattr(given.get("lr_scheduler"), "optimizer", None) is old:
+            given["lr_scheduler"].optimizer = given["optimizer"]
+
+
+def alike_on_all_ranks(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What a test may compare and gather, tensor by tensor: settings, steps, momentum and what has a partition's shape.
+
+    A saved Amos also has the whole state on rank 0 alone, and each rank's own rows and columns.
+    """
+    groups = [{k: v for k, v in g.items() if k not in (ENTRY, SETTINGS)} for g in state_dict["param_groups"]]
+    states = {n: {k: v for k, v in state.items() if k != SHARD} for n, state in state_dict["state"].items()}
+    return {"state": states, "param_groups": groups}
+
+
+def install() -> None:
+    original = deepspeed.initialize
+
+    @functools.wraps(original)
+    def initialize(*args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(original).bind_partial(*args, **kwargs)
+        if ORDERS["optimizer"] == "amos":
+            replace(bound.arguments)
+        made = original(**bound.arguments)
+        if os.environ.get("RANK", "0") == "0":
+            note("engines", {"engine": type(getattr(made[0], "basic_optimizer", None)).__name__})
+        return made
+
+    deepspeed.initialize = initialize
+    for slow in ("torch._inductor.compile_fx", "torch.distributed.fsdp", "deepspeed.module_inject.auto_ep_config"):
+        importlib.import_module(slow)
+
+    saved = Amos.state_dict
+
+    def state_dict(self: Amos) -> dict[str, Any]:
+        found = saved(self)
+        return alike_on_all_ranks(found) if "/unit/" in sys._getframe(1).f_code.co_filename else found
+
+    Amos.state_dict = state_dict  # type: ignore[method-assign]
+
+    # Reductions through shared memory spin while they wait, for minutes where there are more ranks than processors.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+    # Ranks that wait for each other for ever end with an error, long before the test is ended.
+    join = deepspeed.init_distributed
+    waiting = datetime.timedelta(seconds=ORDERS["limit"] / 6)
+    deepspeed.init_distributed = functools.partial(join, timeout=waiting)
+
+    # The tests at hand may be of another version. What they ask for of a feature that DeepSpeed has dropped since:
+    engine = deepspeed.DeepSpeedEngine
+    if "sparse_tensor_module_names" not in inspect.getsource(engine.__init__):
+        engine.sparse_tensor_module_names = frozenset()  # sparse gradients
+
+
+install()
+
+
+# ---- in pytest's process ---------------------------------------------------------------------------------------------
+
+_found: dict[str, Any] = {}
+
+
+def pytest_configure() -> None:
+    multiprocessing.set_forkserver_preload([__name__])
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        said = str(report.longrepr).strip().splitlines()[-1]
+        note("results", {"id": report.nodeid, "outcome": "failed", "reason": said, "optimizer": ORDERS["optimizer"]})
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    for file, count in Counter(item.nodeid.split("::")[0].removeprefix("unit/") for item in items).items():
+        note("results", {"optimizer": "collected", "id": file, "count": count})
+    yield  # what -k and marks leave out
+    done, only = set(ORDERS["done"]), ORDERS["only"]
+    items[:] = [item for item in items if item.nodeid not in done and (only is None or item.nodeid in only)]
+    if common := sys.modules.get("unit.common"):
+        common.get_master_port = lambda: str(free_port())  # one that no other run on this machine has
+
+
+def engines() -> int:
+    """How many the test has built with Amos so far."""
+    lines = Path(ORDERS["engines"]).read_text().splitlines()
+    return sum(json.loads(line)["engine"] == "Amos" for line in lines)
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    Path(ORDERS["engines"]).write_text("")
+    _found.update(id=nodeid, outcome="started", reason="", optimizer=ORDERS["optimizer"], engines=0)
+    note("results", _found)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped:
+        said = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(report, "wasxfail", "")
+        _found.update(outcome="skipped", reason=said)
+    elif report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        _found.update(outcome="failed", reason=crash.message if crash else str(report.longrepr).strip())
+    elif report.when == "call" and _found["outcome"] == "started":
+        _found["outcome"] = "passed"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logfinish() -> None:
+    note("results", {**_found, "reason": _found["reason"][:2000], "engines": engines()})
