@@ -151,11 +151,11 @@ def _update(param: Tensors, grad: Tensors, momentum: Tensors, low_param: Tensors
             block.of(low_param).copy_(new)
 
 
-def sums_(grad: Tensors, work: Tensor, blocks: Tensor, hyper: Tensor, names: str = "") -> None:
+def sums_(grad: Tensors, work: Tensor, blocks: Tensor, hyper: Tensor, names: Tensor | None = None) -> None:
     _sums(grad, work, _rows(blocks, hyper))
 
 
-def slots_(state: Tensor, work: Tensor, blocks: Tensor, hyper: Tensor, names: str = "") -> None:
+def slots_(state: Tensor, work: Tensor, blocks: Tensor, hyper: Tensor, names: Tensor | None = None) -> None:
     _slots(state, work, _rows(blocks, hyper))
 
 
@@ -167,7 +167,7 @@ def update_(
     work: Tensor,
     blocks: Tensor,
     hyper: Tensor,
-    names: str = "",
+    names: Tensor | None = None,
 ) -> None:
     _update(param, grad, momentum, low_param, work, _rows(blocks, hyper))
 
@@ -181,7 +181,7 @@ def step_(
     work: Tensor,
     blocks: Tensor,
     hyper: Tensor,
-    names: str = "",
+    names: Tensor | None = None,
 ) -> None:
     for block, h in _rows(blocks, hyper):  # one by one: blocks may share their places in the workspace
         places = work

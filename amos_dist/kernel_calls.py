@@ -14,7 +14,7 @@ from .columns import CutColumns
 from .member import Member
 from .sharding import dtensor
 from .state import FLOAT_STATE, WHOLE_STATE, State, compute_dtype
-from .tables import Blocks, Constants, Numbers
+from .tables import Blocks, Constants, Numbers, lines
 from .travel import Travel
 
 ConstantsOf = Callable[[int, dict[str, Any]], Constants]
@@ -54,7 +54,7 @@ class Launch:
     def freeze(self) -> None:
         """All members are there: makes what every step uses."""
         self.tensors = [member.tensor for member in self.members]
-        self.names = "\n".join(member.name for member in self.members)
+        self.names = lines([member.name for member in self.members])
         self.sharded = any(map(dtensor.is_dtensor, self.tensors))
         tiles = [member.layout.tile for member in self.members]
         self.flags = [None if tile is None else self._travel.flag(tile.key) for tile in tiles]

@@ -5,6 +5,7 @@ One row for each block (its fields: csrc/ops.cpp, read_block), one for each para
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,11 @@ class Constants(NamedTuple):
 def seed_of_parameter(seed: int, key: int) -> int:
     """Each parameter has its own random numbers: 32 bits from the user's seed and the parameter's number."""
     return (seed * 0x9E3779B1 + key * 0x85EBCA77) % 2**32
+
+
+def lines(names: Sequence[str]) -> Tensor:
+    """uint8, UTF-8: the names of the tensors as the kernels take them, for their messages."""
+    return torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8, device="cpu")
 
 
 class Blocks:

@@ -8,7 +8,8 @@
 //   work: 3 x n, see block.h.
 //   blocks: int64 [blocks, 16], on the CPU; the fields of a row are those of read_block below.
 //   hyper: float64 [parameters, 12], see block.h; on the CPU, or, so that a CUDA graph can change it, on the device.
-//   names: one line for each tensor, for messages.
+//   names: uint8, on the CPU: UTF-8, one line for each tensor, for messages. Not a string: torch's stable ABI (2.13)
+//       leaks each that it hands over.
 #include <Python.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -45,6 +46,12 @@ const char* type_name(ScalarType t) {
     default:
       return "another dtype";
   }
+}
+
+std::string text_of(const Tensor& names) {
+  STD_TORCH_CHECK(names.scalar_type() == ScalarType::Byte && names.is_contiguous() && names.is_cpu(),
+                  "names: expected a contiguous uint8 CPU tensor");
+  return std::string(static_cast<const char*>(names.data_ptr()), size_t(names.numel()));
 }
 
 // "param[3] 'wte.weight'"
@@ -289,27 +296,27 @@ void run_cuda(CudaPhase phase, const Call& call) {
 
 #define AMOS_OPS(NAME, RUN, SPACE)                                                                                 \
   void sums_##NAME(const Tensors& grad, const Tensor& work, const Tensor& blocks, const Tensor& hyper,             \
-                   const std::string& names) {                                                                     \
-    const Call call = read({.grad = &grad}, work, blocks, hyper, names);                                           \
+                   const Tensor& names) {                                                                          \
+    const Call call = read({.grad = &grad}, work, blocks, hyper, text_of(names));                                  \
     expect_row_work(call);                                                                                         \
     RUN(&SPACE::sums, call);                                                                                       \
   }                                                                                                                \
   void slots_##NAME(const Tensor& state, const Tensor& work, const Tensor& blocks, const Tensor& hyper,            \
-                    const std::string& names) {                                                                    \
-    const Call call = read({.state = &state}, work, blocks, hyper, names);                                         \
+                    const Tensor& names) {                                                                         \
+    const Call call = read({.state = &state}, work, blocks, hyper, text_of(names));                                \
     expect_row_work(call);                                                                                         \
     RUN(&SPACE::slots, call);                                                                                      \
   }                                                                                                                \
   void update_##NAME(const Tensors& param, const Tensors& grad, const Tensors& momentum, const Tensors& low_param, \
-                     const Tensor& work, const Tensor& blocks, const Tensor& hyper, const std::string& names) {    \
-    const Call call = read({&param, &grad, &momentum, &low_param}, work, blocks, hyper, names);                    \
+                     const Tensor& work, const Tensor& blocks, const Tensor& hyper, const Tensor& names) {         \
+    const Call call = read({&param, &grad, &momentum, &low_param}, work, blocks, hyper, text_of(names));           \
     expect_row_work(call);                                                                                         \
     RUN(&SPACE::update, call);                                                                                     \
   }                                                                                                                \
   void step_##NAME(const Tensors& param, const Tensors& grad, const Tensors& momentum, const Tensors& low_param,   \
                    const Tensor& state, const Tensor& work, const Tensor& blocks, const Tensor& hyper,             \
-                   const std::string& names) {                                                                     \
-    const Call call = read({&param, &grad, &momentum, &low_param, &state}, work, blocks, hyper, names);            \
+                   const Tensor& names) {                                                                          \
+    const Call call = read({&param, &grad, &momentum, &low_param, &state}, work, blocks, hyper, text_of(names));   \
     expect_whole(call);                                                                                            \
     RUN(&SPACE::step, call);                                                                                       \
   }
@@ -323,14 +330,14 @@ AMOS_OPS(cuda, run_cuda, cuda)
 }  // namespace amos
 
 STABLE_TORCH_LIBRARY(amos_dist, m) {
-  m.def("sums_(Tensor[] grad, Tensor(a!) work, Tensor blocks, Tensor hyper, str names) -> ()");
-  m.def("slots_(Tensor(a!) state, Tensor(b!) work, Tensor blocks, Tensor hyper, str names) -> ()");
+  m.def("sums_(Tensor[] grad, Tensor(a!) work, Tensor blocks, Tensor hyper, Tensor names) -> ()");
+  m.def("slots_(Tensor(a!) state, Tensor(b!) work, Tensor blocks, Tensor hyper, Tensor names) -> ()");
   m.def(
       "update_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum, Tensor(c!)[] low_param, Tensor work, "
-      "Tensor blocks, Tensor hyper, str names) -> ()");
+      "Tensor blocks, Tensor hyper, Tensor names) -> ()");
   m.def(
       "step_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum, Tensor(c!)[] low_param, Tensor(d!) state, "
-      "Tensor(e!) work, Tensor blocks, Tensor hyper, str names) -> ()");
+      "Tensor(e!) work, Tensor blocks, Tensor hyper, Tensor names) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(amos_dist, CPU, m) {

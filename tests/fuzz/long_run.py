@@ -168,7 +168,8 @@ def train(rank: int, port: int, options: argparse.Namespace, results: Any) -> No
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=options.ranks)
     torch.manual_seed(options.seed)
     model = sharded(Model(options.seed), options.ranks)
-    optimizer = amos_dist.Amos(model.named_parameters(), lr=0.02, beta=0.99, rules=RULES)
+    # A NaN shall be seen, not skipped.
+    optimizer = amos_dist.Amos(model.named_parameters(), lr=0.02, beta=0.99, rules=RULES, on_nonfinite="ignore")
     watch = Watch(model, optimizer, options.ranks)
     batches, both = torch.Generator().manual_seed(1000 + rank), random.Random(options.seed)
     first, last, early, began = float("nan"), float("nan"), watch.sizes(), time.monotonic()

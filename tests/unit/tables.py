@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amos_dist.sharding import Piece
 from amos_dist.state import has_columns, has_rows
-from amos_dist.tables import CODES
+from amos_dist.tables import CODES, lines
 
 from .compare import randn
 
@@ -29,7 +29,7 @@ class Case:
     work: Tensor
     blocks: Tensor
     hyper: Tensor
-    names: str
+    names: Tensor
 
     def arguments(self, op: str) -> tuple[Any, ...]:
         end = (self.work, self.blocks, self.hyper, self.names)
@@ -115,5 +115,5 @@ def make_case(
         work=torch.zeros(3, places, dtype=wide),
         blocks=torch.tensor(table, dtype=torch.int64),
         hyper=torch.tensor(hyper, dtype=torch.float64),
-        names="a\nb",
+        names=lines(["a", "b"]),
     )

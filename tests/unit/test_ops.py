@@ -80,7 +80,7 @@ def test_sums_of_long_rows() -> None:
         fields = [0, 0, rows, cols, 0, cols, rows, 0, 0, 0, 0, 0, 0, 0, 0, 0]
         hyper = case.hyper[:1].clone()
         hyper[0, 5] = float("inf")
-        native.sums_([grad], work, torch.tensor([fields]), hyper, "")
+        native.sums_([grad], work, torch.tensor([fields]), hyper, case.names)
         assert relative_error(work[0], grad.view(rows, cols).double().square().sum(1)) <= 1e-6
 
 
@@ -207,7 +207,7 @@ import amos_dist
 grad, work, hyper = torch.ones(1), torch.zeros(3, 1), torch.full((1, 12), 0.5, dtype=torch.float64)
 blocks = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]])
 try:
-    torch.ops.amos_dist.update_([], [grad], [], [], work, blocks, hyper, "a")
+    torch.ops.amos_dist.update_([], [grad], [], [], work, blocks, hyper, torch.tensor([97], dtype=torch.uint8))
 except RuntimeError as error:
     print(error)
 """
