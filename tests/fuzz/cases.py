@@ -35,6 +35,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "master_weights": (False, True),
     "stochastic_rounding": (False, True),
     "seed": (0, 1, 2**31 - 1),
+    "on_nonfinite": ("skip", "ignore"),
 }
 # Gradients: their size, and what is special about them.
 STYLES = ("plain", "plain", "plain", "rows", "zeros", "sparse", "tiny", "large", "nan", "inf")

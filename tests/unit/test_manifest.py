@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -113,26 +114,29 @@ def test_files_of_two_runs(folder: Path) -> None:
         manifest.check(folder)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may be longer than 100 bytes."""
+    """No file may be longer than 100 bytes; nor what pytest writes, so that nothing else may happen meanwhile."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_sealing_on_a_full_disk_names_the_manifest(folder: Path, full_disk: None) -> None:
-    with pytest.raises(OSError, match=r"manifest\.json: could not be written \(File too large\)\. Make room there"):
+def test_sealing_on_a_full_disk_names_the_manifest(folder: Path) -> None:
+    said = r"manifest\.json: could not be written \(File too large\)\. Make room there"
+    with pytest.raises(OSError, match=said), full_disk():
         manifest.seal(folder)
     with pytest.raises(ValueError, match="never sealed"):
         manifest.check(folder)
 
 
-def test_a_file_that_cannot_be_replaced_is_as_before(tmp_path: Path, full_disk: None) -> None:
+def test_a_file_that_cannot_be_replaced_is_as_before(tmp_path: Path) -> None:
     manifest.replace_text(tmp_path / "latest", "one")
-    with pytest.raises(OSError, match="latest: could not be written"):
+    with pytest.raises(OSError, match="latest: could not be written"), full_disk():
         manifest.replace_text(tmp_path / "latest", "two" * 100)
     assert (tmp_path / "latest").read_text() == "one"
 
