@@ -140,7 +140,7 @@ COLUMNS = {
     "skipped": "skipped",
     "both": "fails with the original too",
     "left": "not run",
-    "alone": "fails with Amos alone",
+    "alone": "fails with Amos; whether alone is not verified",
 }
 
 
