@@ -18,6 +18,7 @@
 
 #include <limits>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "block.h"
@@ -48,14 +49,14 @@ const char* type_name(ScalarType t) {
   }
 }
 
-std::string text_of(const Tensor& names) {
+std::string_view text_of(const Tensor& names) {
   STD_TORCH_CHECK(names.scalar_type() == ScalarType::Byte && names.is_contiguous() && names.is_cpu(),
                   "names: expected a contiguous uint8 CPU tensor");
-  return std::string(static_cast<const char*>(names.data_ptr()), size_t(names.numel()));
+  return {static_cast<const char*>(names.data_ptr()), size_t(names.numel())};
 }
 
 // "param[3] 'wte.weight'"
-std::string called(const char* list, int64_t index, const std::string& names) {
+std::string called(const char* list, int64_t index, std::string_view names) {
   size_t begin = 0;
   for (int64_t i = 0; i < index && begin != std::string::npos; ++i) {
     begin = names.find('\n', begin);
@@ -63,7 +64,7 @@ std::string called(const char* list, int64_t index, const std::string& names) {
   }
   std::string text = std::string(list) + "[" + std::to_string(index) + "]";
   if (begin != std::string::npos && begin < names.size())
-    text += " '" + names.substr(begin, names.find('\n', begin) - begin) + "'";
+    text += " '" + std::string(names.substr(begin, names.find('\n', begin) - begin)) + "'";
   return text;
 }
 
@@ -71,7 +72,7 @@ ScalarType compute_type(ScalarType param) {
   return param == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-Dtype dtype_of(const Tensor& t, const char* list, int64_t index, const std::string& names) {
+Dtype dtype_of(const Tensor& t, const char* list, int64_t index, std::string_view names) {
   switch (t.scalar_type()) {
     case ScalarType::Double:
       return Dtype::f64;
@@ -107,7 +108,7 @@ bool given(const Tensors* list) { return list && !list->empty(); }
 
 // As many entries as there are tensors, each contiguous, of one dtype and on the device of the workspace.
 void check(const Tensors* list, const char* name, size_t count, ScalarType type, const Tensor& work,
-           const std::string& names) {
+           std::string_view names) {
   if (!given(list)) return;
   STD_TORCH_CHECK(list->size() == count, name, ": expected ", count, " tensors, got ", list->size());
   const auto device = work.device();
@@ -123,7 +124,7 @@ void check(const Tensors* list, const char* name, size_t count, ScalarType type,
 
 // Where `count` elements from number `offset` on lie; null where no tensor has such a list.
 char* at(const Tensors* list, int64_t index, int64_t offset, int64_t count, Dtype type, const char* name,
-         const std::string& names) {
+         std::string_view names) {
   if (!given(list)) return nullptr;
   const Tensor& t = (*list)[index];
   const int64_t numel = t.numel();
@@ -140,7 +141,7 @@ char* state_at(const Tensor& state, int64_t offset, int64_t count, int64_t i) {
   return static_cast<char*>(state.data_ptr()) + offset * state.element_size();
 }
 
-Types read_types(const Lists& lists, size_t count, const Tensor& work, const std::string& names) {
+Types read_types(const Lists& lists, size_t count, const Tensor& work, std::string_view names) {
   const ScalarType compute = work.scalar_type();
   STD_TORCH_CHECK(compute == ScalarType::Float || compute == ScalarType::Double,
                   "work: expected float32 or float64, got ", type_name(compute));
@@ -185,7 +186,7 @@ Types read_types(const Lists& lists, size_t count, const Tensor& work, const std
 }
 
 Block read_block(const int64_t* f, int64_t i, const Lists& lists, size_t count, Types types, int64_t hypers,
-                 int64_t plane, const std::string& names) {
+                 int64_t plane, std::string_view names) {
   const int64_t tensor = f[0], offset = f[1], rows = f[2], cols = f[3], hyper = f[14], first = f[15];
   STD_TORCH_CHECK(tensor >= 0 && (tensor < int64_t(count) || !lists.grad) && rows >= 0 && cols >= 0 && f[4] >= 0 &&
                       f[4] <= 2 && f[5] > 0 && f[6] > 0 && hyper >= 0 && hyper < hypers && first >= 0,
@@ -226,7 +227,7 @@ Block read_block(const int64_t* f, int64_t i, const Lists& lists, size_t count, 
   return b;
 }
 
-Call read(const Lists& lists, const Tensor& work, const Tensor& blocks, const Tensor& hyper, const std::string& names) {
+Call read(const Lists& lists, const Tensor& work, const Tensor& blocks, const Tensor& hyper, std::string_view names) {
   Call call{{}, {}, {}, {}, work};
   const size_t count = lists.grad ? lists.grad->size() : 0;
   STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Long && blocks.is_contiguous() && blocks.dim() == 2 &&

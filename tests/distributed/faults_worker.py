@@ -10,7 +10,6 @@ import contextlib
 import io
 import logging
 import os
-import resource
 import signal
 import time
 import warnings
@@ -24,7 +23,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 import amos_dist
 from amos_dist import kernel_calls, manifest, roll_call
-from tests.distributed.harness import received
+from tests.distributed.harness import full_disk, received
 from tests.distributed.model import Model, batch
 
 warnings.filterwarnings("ignore")
@@ -62,18 +61,6 @@ class Trainer:
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def full_disk(room: int) -> Iterator[None]:
-    """No file may be longer than `room` bytes."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def break_saving(fault: str, word: str) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,40 +33,72 @@ def forget_memory(port: str) -> None:
         left.unlink(missing_ok=True)
 
 
-def run_ranks(worker: str | Path, ranks: int, arguments: Any, timeout: float = 240) -> list[Any]:
-    """Runs `worker` on `ranks` processes and returns what each wrote with `report`.
+@contextlib.contextmanager
+def started(
+    command: Sequence[str | int | Path], ranks: int, folder: Path, arguments: Any, **environment: str
+) -> Iterator[tuple[list[subprocess.Popen[bytes]], list[Path]]]:
+    """Runs a script on every rank: the processes, and the file with the output of each. All end with the context.
 
-    The worker finds `arguments` with `received()`. Raises AssertionError with all output where a rank fails or hangs.
+    Args:
+        command: the script and its words. folder: where it finds `arguments`, and reports. environment: more of it.
     """
+    (folder / "arguments.json").write_text(json.dumps(arguments))
     port = str(free_port())
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "arguments.json").write_text(json.dumps(arguments))
-        common = {
-            **os.environ,
-            "AMOS_TEST_FOLDER": folder,
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "DS_ACCELERATOR": "cpu",
-        }
-        logs = [Path(folder, f"log{rank}") for rank in range(ranks)]
-        processes = []
+    common = {
+        **os.environ,
+        "AMOS_TEST_FOLDER": str(folder),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "DS_ACCELERATOR": "cpu",
+        **environment,
+    }
+    logs = [folder / f"log{rank}" for rank in range(ranks)]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
         for rank, log in enumerate(logs):
             with log.open("w") as out:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, str(worker)],
+                        [sys.executable, *map(str, command)],
                         env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                         stdout=out,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,
                     )
                 )
-        failure = ""
-        try:
+        yield processes, logs
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        forget_memory(port)
+
+
+@contextlib.contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file may be longer than `room` bytes, of whatever this process writes: nothing else may happen meanwhile."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def run_ranks(worker: str | Path, ranks: int, arguments: Any, timeout: float = 240) -> list[Any]:
+    """Runs `worker` on `ranks` processes and returns what each wrote with `report`.
+
+    The worker finds `arguments` with `received()`. Raises AssertionError with all output where a rank fails or hangs.
+    """
+    failure = ""
+    with tempfile.TemporaryDirectory() as folder:
+        with started([worker], ranks, Path(folder), arguments) as (processes, logs):
             for rank, process in enumerate(processes):
                 try:
                     if process.wait(timeout) != 0:
@@ -73,12 +107,6 @@ def run_ranks(worker: str | Path, ranks: int, arguments: Any, timeout: float = 2
                 except subprocess.TimeoutExpired:
                     failure = f"rank {rank} was still running after {timeout} s"
                     break
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            forget_memory(port)
         if failure:
             tails = "\n".join(f"--- rank {i} ---\n{log.read_text()[-4000:]}" for i, log in enumerate(logs))
             raise AssertionError(f"{failure}\n{tails}")

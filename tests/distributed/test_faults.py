@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.harness import ROOT, forget_memory, free_port
+from tests.distributed.harness import ROOT, started
 
 WORKER = Path(__file__).with_name("faults_worker.py")
 
@@ -47,35 +47,17 @@ def start(
     case: dict[str, Any], *command: str | int | Path, ranks: int, folder: Path, limit: float = 200
 ) -> list[Ended]:
     """Runs the worker, or another command, on so many ranks, of which some may die; all must end within the limit."""
-    port = str(free_port())
-    (folder / "arguments.json").write_text(json.dumps(case))
-    common = {name: value for name, value in os.environ.items() if not name.startswith("TORCH_")}
-    common |= {"AMOS_TEST_FOLDER": str(folder), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    common |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT), "AMOS_FAULT": json.dumps(case)}
-    logs = [folder / f"log{rank}" for rank in range(ranks)]
-    processes = []
-    for rank, log in enumerate(logs):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        words = [sys.executable, *map(str, command or [WORKER])]
-        with log.open("w") as out:
-            processes.append(subprocess.Popen(words, env=common | own, stdout=out, stderr=out, start_new_session=True))
-    begun, seconds = time.monotonic(), [0.0] * ranks
-    try:
-        while any(process.poll() is None for process in processes) and time.monotonic() < begun + limit:
+    seconds, more = [0.0] * ranks, {"TORCH_CPP_LOG_LEVEL": "ERROR", "AMOS_FAULT": json.dumps(case)}
+    with started(command or (WORKER,), ranks, folder, case, **more) as (running, logs):
+        begun = time.monotonic()
+        while any(process.poll() is None for process in running) and time.monotonic() < begun + limit:
             seconds = [
-                s if p.poll() is not None else time.monotonic() - begun for s, p in zip(seconds, processes, strict=True)
+                s if p.poll() is not None else time.monotonic() - begun for s, p in zip(seconds, running, strict=True)
             ]
             time.sleep(0.1)
-        running = [rank for rank, process in enumerate(processes) if process.poll() is None]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        forget_memory(port)
-    result = [Ended(p.returncode, log.read_text(), s) for p, log, s in zip(processes, logs, seconds, strict=True)]
-    assert not running, f"ranks {running} still ran after {limit} s: {result}"
+        late = [rank for rank, process in enumerate(running) if process.poll() is None]
+    result = [Ended(p.returncode, log.read_text(), s) for p, log, s in zip(running, logs, seconds, strict=True)]
+    assert not late, f"ranks {late} still ran after {limit} s: {result}"
     return result
 
 

@@ -8,6 +8,7 @@ A case: {"name", "do": "train" or a function below, "stage", "dtype", "params": 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import warnings
@@ -270,15 +271,16 @@ def nonfinite(case: dict[str, Any]) -> dict[str, Any]:
     """NaN in one rank's gradients in the second of four steps."""
     engine = engine_for(case, 12 * case.get("micro", 2))
     base, changed, texts = engine.basic_optimizer, [], []
+
+    def held() -> list[torch.Tensor]:
+        states = [value for state in base.state.values() for value in state.values()]
+        return [value.clone() for value in (*full_parameters(engine).values(), *states)]
+
     for step in range(4):
-        held = [*full_parameters(engine).values(), *(v for state in base.state.values() for v in state.values())]
-        before = [value.clone() for value in held]
-        for part in batch(step, 24).chunk(12)[dist.get_rank() :: dist.get_world_size()]:
-            loss = engine(part)
-            engine.backward(loss * float("nan") if step == 1 and dist.get_rank() == 1 else loss)
-            texts.append(complaint(engine.step))
-        held = [*full_parameters(engine).values(), *(v for state in base.state.values() for v in state.values())]
-        changed.append(not all(map(torch.equal, before, held)) or len(before) != len(held))
+        before, factor = held(), float("nan") if step == 1 and dist.get_rank() == 1 else 1.0
+        texts.append(complaint(functools.partial(train_steps, engine, case, range(step, step + 1), factor)))
+        after = held()
+        changed.append(len(before) != len(after) or not all(map(torch.equal, before, after)))
     steps = sorted({int(state["step"]) for state in base.state.values()})
     return {"name": case["name"], "changed": changed, "texts": texts, "steps": steps, "skipped": base.skipped_steps}
 

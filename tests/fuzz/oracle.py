@@ -51,6 +51,14 @@ class Oracle:
         for param, (theirs, _, _) in zip(self.params, members(optimizer), strict=True):
             param.copy_(theirs.detach())
 
+    def follow(self, optimizer: Amos, make: Callable[[Tensor], Tensor | None], times: int, where: str = "") -> None:
+        """So many steps, with gradients that `make` gives for a parameter; after each all must be alike."""
+        for t in range(1, times + 1):
+            draw_gradients(optimizer, make)
+            self.step(optimizer)
+            optimizer.step()
+            self.check(optimizer, f"step {t}{where}")
+
     def settings(self, number: int, name: str, group: dict[str, Any]) -> dict[str, Any]:
         rule = self.rules(name)
         found = {key: value for key, value in {**group, **rule}.items() if key in REFERENCE_KEYWORDS}

@@ -52,12 +52,9 @@ def test_json(draw: Random) -> None:
 
 def steps_or_says(draw: Random, optimizer: Amos, rules: Any = lambda name: {}) -> None:
     """Keywords that no other keyword contradicts are good ones: the optimizer steps."""
-    oracle = Oracle(optimizer, rules)
-    for t in range(2):
-        draw_gradients(optimizer, lambda param: values(draw.randrange(10**6), tuple(param.shape), param.dtype))
-        oracle.step(optimizer)
-        optimizer.step()
-        oracle.check(optimizer, f"step {t}")
+    Oracle(optimizer, rules).follow(
+        optimizer, lambda param: values(draw.randrange(10**6), tuple(param.shape), param.dtype), times=2
+    )
 
 
 @examples(600)
@@ -74,11 +71,7 @@ def test_a_group_with_something_odd(draw: Random) -> None:
     if said is not None:
         assert snapshot(optimizer) == before and set(vars(optimizer)) == known
     oracle.add(optimizer)
-    for t in range(2):
-        draw_gradients(optimizer, lambda param: gradient(draw, param))
-        oracle.step(optimizer)
-        optimizer.step()
-        oracle.check(optimizer, f"step {t} after {said}")
+    oracle.follow(optimizer, lambda param: gradient(draw, param), times=2, where=f" after {said}")
 
 
 def odd_group(draw: Random, optimizer: Amos) -> Any:

@@ -81,11 +81,7 @@ def test_a_damaged_state_dict(draw: Random) -> None:
             assert snapshot(optimizer) == before, f"{done}: {refused}"
         return
     assert snapshot(optimizer) == before, f"{done}: {said}"
-    for _ in range(2):
-        draw_gradients(optimizer, lambda param: gradient(draw, param))
-        oracle.step(optimizer)
-        optimizer.step()
-        oracle.check(optimizer, f"after {done}: {said}")
+    oracle.follow(optimizer, lambda param: gradient(draw, param), times=2, where=f" after {done}: {said}")
 
 
 @examples(150)

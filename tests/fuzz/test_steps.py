@@ -10,7 +10,7 @@ from hypothesis import given
 from amos_dist import Amos, settings
 
 from .cases import OPTIONS, gradient, group, keywords
-from .oracle import Oracle, draw_gradients
+from .oracle import Oracle
 from .profiles import examples, randoms
 
 
@@ -20,11 +20,7 @@ def test_steps_are_those_of_the_reference(draw: Random) -> None:
     groups = [group(draw, number) for number in range(draw.randint(1, 3))]
     optimizer = Amos(groups, lr=0.1)
     oracle = Oracle(optimizer)
-    for t in range(1, draw.randint(2, 5)):
-        draw_gradients(optimizer, lambda param: gradient(draw, param))
-        oracle.step(optimizer)
-        optimizer.step()
-        oracle.check(optimizer, f"step {t}")
+    oracle.follow(optimizer, lambda param: gradient(draw, param), times=draw.randint(2, 5) - 1)
 
 
 def random_rule(draw: Random, names: list[str], dims: int) -> dict[str, Any]:
@@ -63,11 +59,7 @@ def test_rules(draw: Random) -> None:
         return {key: value for key, value in found.items() if key != "match"}
 
     oracle = Oracle(optimizer, of)
-    for t in range(1, draw.randint(2, 4)):
-        draw_gradients(optimizer, lambda param: gradient(draw, param))
-        oracle.step(optimizer)
-        optimizer.step()
-        oracle.check(optimizer, f"step {t}")
+    oracle.follow(optimizer, lambda param: gradient(draw, param), times=draw.randint(2, 4) - 1)
 
 
 def _matches(rule: dict[str, Any], name: str) -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from amos_dist import manifest, roll_call
+from tests.distributed.harness import full_disk
 
 
 @pytest.fixture
@@ -114,21 +113,9 @@ def test_files_of_two_runs(folder: Path) -> None:
         manifest.check(folder)
 
 
-@contextlib.contextmanager
-def full_disk() -> Iterator[None]:
-    """No file may be longer than 100 bytes; nor what pytest writes, so that nothing else may happen meanwhile."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 def test_sealing_on_a_full_disk_names_the_manifest(folder: Path) -> None:
     said = r"manifest\.json: could not be written \(File too large\)\. Make room there"
-    with pytest.raises(OSError, match=said), full_disk():
+    with pytest.raises(OSError, match=said), full_disk(100):
         manifest.seal(folder)
     with pytest.raises(ValueError, match="never sealed"):
         manifest.check(folder)
@@ -136,7 +123,7 @@ def test_sealing_on_a_full_disk_names_the_manifest(folder: Path) -> None:
 
 def test_a_file_that_cannot_be_replaced_is_as_before(tmp_path: Path) -> None:
     manifest.replace_text(tmp_path / "latest", "one")
-    with pytest.raises(OSError, match="latest: could not be written"), full_disk():
+    with pytest.raises(OSError, match="latest: could not be written"), full_disk(100):
         manifest.replace_text(tmp_path / "latest", "two" * 100)
     assert (tmp_path / "latest").read_text() == "one"
 
