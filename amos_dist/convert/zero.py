@@ -154,9 +154,17 @@ def _read_universal(folder: Path, source: Path) -> Checkpoint:
                 for name, plane in momenta.items():
                     states[name]["momentum"] = _narrowed(plane, settings.momentum_dtype(group["momentum_dtype"]))
     model = _model(weights, saved, files, source)
-    training = {key: saved[key] for key in TRAINING if saved.get(key) is not None}
+    training = {key: saved[key] for key in TRAINING if saved.get(key) is not None} | _loss_scale(common)
     others = {key: value for key, value in saved.items() if key not in (*TRAINING, *LAYOUT)}
     return Checkpoint(model, {"state": states, "param_groups": groups}, {**others, "deepspeed": training})
+
+
+def _loss_scale(common: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The numbers of fp16's dynamic loss scale: other files than DeepSpeed's hold no objects of its classes."""
+    if not common.get("dynamic_loss_scale"):
+        return {}
+    held = vars(common["loss_scaler"])
+    return {"loss_scale": {key: value for key, value in held.items() if isinstance(value, int | float)}}
 
 
 def _names_by_group(shapes: list[dict[str, Any]], groups: list[dict[str, Any]], source: Path) -> list[list[str]]:
@@ -243,7 +251,7 @@ def write(checkpoint: Checkpoint, path: Path, source: str, tag: str = "universal
         refuse_foreign(state, name)
     if any("amos_group" not in group for group in groups):
         raise ValueError(f"the optimizer in {source} is not Amos. Give a checkpoint of Amos.")
-    folder = path / tag
+    folder, warnings = path / tag, []
     names = [name for group in groups for name in group["params"]]
     step = torch.tensor(max((float(state["step"]) for state in states.values()), default=0.0))
     with progress("writing", len(names)) as done:
@@ -260,9 +268,16 @@ def write(checkpoint: Checkpoint, path: Path, source: str, tag: str = "universal
     version = _version()
     # Stages 1 and 2 look for the groups at the top, stage 3 beside the state.
     common = {"param_groups": written, "optimizer_state_dict": optimizer, "ds_version": version}
-    torch.save(common, folder / "zero" / "optimizer_state.pt")
     others = {**checkpoint.others}
     training = {"lr_scheduler": None, "global_steps": int(step), "skipped_steps": 0, **others.pop("deepspeed", {})}
+    if scale := training.pop("loss_scale", None):
+        try:
+            common |= _loss_scaler(scale)
+        except ImportError as error:
+            warnings.append(
+                f"the loss scale of {source} starts anew: DeepSpeed, which has its class, is missing ({error})."
+            )
+    torch.save(common, folder / "zero" / "optimizer_state.pt")
     shapes = [{name: checkpoint.model[name].shape for name in group["params"]} for group in groups]
     empty = torch.empty(0)
     saved = {
@@ -279,11 +294,26 @@ def write(checkpoint: Checkpoint, path: Path, source: str, tag: str = "universal
         torch.save(saved, folder / f"{name}_model_states.pt")
     (path / "latest_universal").write_text(tag)
     if training["lr_scheduler"] is None:
-        return [
+        warnings.append(
             f"{source} has no scheduler of DeepSpeed. If the JSON has one, load with load_lr_scheduler_states=False "
             "and set it yourself."
-        ]
-    return []
+        )
+    return warnings
+
+
+def _loss_scaler(scale: dict[str, float]) -> dict[str, Any]:
+    """What DeepSpeed loads: see `_loss_scale`. Raises ImportError."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    held = DynamicLossScaler(
+        scale["cur_scale"],
+        scale["scale_window"],
+        scale["min_scale"],
+        scale["delayed_shift"],
+        scale["consecutive_hysteresis"],
+    )
+    vars(held).update(scale)
+    return {"loss_scaler": held, "dynamic_loss_scale": True}
 
 
 def _trained(optimizer: dict[str, Any]) -> list[dict[str, Any]]:

@@ -169,7 +169,7 @@ def load(case: State) -> State:
     engine.load_checkpoint(str(folder / "converted"), "universal")
     for group in base(engine).param_groups:
         group.pop(case.get("without"), None)
-    found = scale(engine).get("cur_scale")
+    found = scale(engine)
     changed = []
     if not case.get("step_first"):  # adopted by full_state(), else by step()
         got = full_state(engine)
@@ -195,7 +195,7 @@ def load(case: State) -> State:
         "live": live + planes_left,
         "markers": markers,
         "same_rates": [rates for rates, *_ in seen] == [rates for rates, *_ in steps["seen"]],
-        "scales": [start["scale"].get("cur_scale"), found],
+        "scales": [start["scale"], found],
         "steps": sorted({int(held["step"]) for held in base(engine).state.values()}),
     }
 
