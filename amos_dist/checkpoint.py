@@ -74,11 +74,12 @@ def shares(
 ) -> Iterator[tuple[Share, Tensor]]:
     """What a partition contributes to the whole state of its parameters: over all ranks each number once.
 
-    A row belongs to the rank that has its first element, columns and the step to the one that has the parameter's.
+    A row belongs to the rank that has its first element, the step to the one that has the parameter's, and so do
+    columns of which the ranks do not keep a share each.
     """
     for piece, held in _held(pieces, state, kinds):
         kind, rows = kinds[piece.key], piece.owned_rows
-        if piece.owns_columns:
+        if piece.is_first:
             yield Share(piece.key, "step", 0, 1), state["step"].view(1)
         for key, vector in held.items():
             name = _whole_name(key, kind)
@@ -86,7 +87,7 @@ def shares(
                 own = vector[rows.start - piece.first_row : rows.stop - piece.first_row]
                 yield Share(piece.key, name, rows.start, len(own)), own
             elif piece.owns_columns:
-                yield Share(piece.key, name, 0, len(vector)), vector
+                yield Share(piece.key, name, piece.first_col, len(vector)), vector
         if momentum and "momentum" in state:
             own = state["momentum"][piece.offset : piece.offset + piece.length]
             yield Share(piece.key, "momentum", piece.start, piece.length), own
@@ -104,7 +105,7 @@ def cut(pieces: Sequence[Any], entries: dict[int, State], kinds: dict[int, str])
         kind = kinds[piece.key]
         for key, size in state_sizes([piece], kinds).items():
             if size:
-                first = piece.first_row if _is_by_row(key, kind) else 0
+                first = piece.first_row if _is_by_row(key, kind) else piece.first_col
                 whole = entries[piece.key][_whole_name(key, kind)].reshape(-1)
                 found.setdefault(key, []).append(whole[first : first + size])
     steps = [float(entries[piece.key]["step"]) for piece in pieces]
@@ -221,7 +222,7 @@ def _gathered(mine: list[tuple[Share, Tensor]], group: Any) -> Iterator[tuple[Sh
     """On the first rank of `group` what all ranks have, on the others nothing: DeepSpeed keeps only the first's.
 
     One gather of objects, since only a partition's own rank knows its pieces. Each is padded to the largest, which is
-    about the state divided by the ranks: the first rank, which has all columns under stage 3, sends nothing.
+    about the state divided by the ranks.
     """
     sent: Any = None
     if dist.get_rank(group):

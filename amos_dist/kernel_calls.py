@@ -37,6 +37,8 @@ class Launch:
         self.twice, self.looked_at = Blocks(), Blocks()
         self.hollow = Blocks()  # of tiles without elements, for the state that they share with other ranks
         self.cut_columns = CutColumns(travel, self.device, self.compute)
+        # Columns of which each rank keeps a share, as blocks without elements.
+        self.share, self.shared_columns = Blocks(), CutColumns(travel, self.device, self.compute)
         self.flags: list[int | None] = []  # where ranks count who has a gradient for each tensor
         self.rows: list[tuple[int, int]] = []  # of the hyper-parameters: the parameter's key, the number of its tensor
         self.stale = True  # a hyper-parameter other than lr has changed
@@ -60,13 +62,15 @@ class Launch:
         self.flags = [None if tile is None else self._travel.flag(tile.key) for tile in tiles]
         groups = [member.group for member in self.members]
         self.numbers = Numbers([number for _, number in self.rows], groups, self.counts_on)
-        self.cut_columns.freeze()
+        for columns in (self.cut_columns, self.shared_columns):
+            columns.freeze()
 
     def fill_numbers(self, constants_of: ConstantsOf) -> None:
         """Reads the hyper-parameters of the groups; all before any is changed, because one may be wrong."""
         self.numbers.fill([constants_of(key, self.members[number].group) for key, number in self.rows])
-        if self.cut_columns:
-            self.cut_columns.read_beta(self.numbers)
+        for columns in (self.cut_columns, self.shared_columns):
+            if columns:
+                columns.read_beta(self.numbers)
         self.stale = False
 
     def bind(self, states: dict[Tensor, State]) -> None:
@@ -197,8 +201,9 @@ class Call:
                 launch.ops.sums_(self.grads, work, blocks.table(self.present), self.hyper, launch.names)
 
     def send(self) -> None:
-        if self.launch.cut_columns:
-            self.launch.cut_columns.send(self.shared_work, self.launch.state)
+        for columns in (self.launch.cut_columns, self.launch.shared_columns):
+            if columns:
+                columns.send(self.shared_work, self.launch.state)
 
     def step(self) -> None:
         """Of what needs nothing of other ranks."""
@@ -230,6 +235,14 @@ class Call:
             self.grads = [torch.zeros_like(p, dtype=grad.dtype) if now else grad for p, grad, now in zeros]
             self._step(late)
             self.present = [there or now for there, now in zip(self.present, late, strict=True)]
+
+    def slots_of_share(self) -> None:
+        """Of the columns whose state this rank keeps for all."""
+        launch, work = self.launch, self.shared_work
+        if launch.share:
+            launch.ops.slots_(launch.state, work, launch.share.table(self.present), self.hyper, launch.names)
+        if launch.shared_columns:
+            launch.shared_columns.mend(work, launch.state)
 
     def slots_and_update(self) -> None:
         launch, work = self.launch, self.shared_work

@@ -20,7 +20,7 @@ from .member import Member
 from .sharding import Block, Piece, Tile, disagreement
 from .state import State, compute_dtype, has_columns, has_rows, state_sizes
 from .tables import CODES, Blocks
-from .travel import COLUMNS, OLD, ROWS, Space, Travel
+from .travel import COLUMNS, NO_ROW, OLD, ROWS, SHARE, Space, Travel
 
 
 class _Bucket:
@@ -50,6 +50,7 @@ class _Bucket:
         self.local_work = self._local.tensor(dtype, device)
         self.kept_work = self._kept.tensor(dtype, device)  # sums of what is whole here, until all are known
         self.works = self.shared_work, self.local_work, self.kept_work
+        self.shares = self.travel.shares(self.shared_work)
 
     def _add(self, launch: Launch, member: Member) -> None:
         number = len(launch.members)
@@ -66,9 +67,12 @@ class _Bucket:
             launch.rows.append((piece.key, number))
             state = row_state, column_state, decay_state
             for i, block in enumerate(piece.blocks()):
-                self._add_block(launch, number, piece, block, state, piece.touched_cols if i == 0 else 0)
+                finished = piece.touched_cols if i == 0 and piece.share is None else 0
+                self._add_block(launch, number, piece, block, state, finished)
             if isinstance(piece, Tile):
                 self._add_tile(launch, number, piece, state)
+            elif piece.share is not None and has_columns(self.kinds[piece.key]):
+                self._add_share(launch, number, piece, state)
             sizes = state_sizes([piece], self.kinds)
             row_state += sizes["row_moment"]
             column_state += sizes["column_moment"]
@@ -108,12 +112,27 @@ class _Bucket:
         if tile.blocks() or not stateful:
             return
         # The kernels pass by blocks without elements: they are told of one, which `slots` does not look at.
-        if kind == "factored" and not tile.touched_rows:  # a row that is always zero
-            state = launch.size, state[1], launch.size
-            launch.size += 1
+        if kind == "factored" and not tile.touched_rows:
+            state = self._without_row(launch, state)
         block = Block(0, 0, 0, max(1, tile.touched_rows), max(1, tile.touched_cols))
         work = places.get((ROWS, tile.key, 0), 0), places.get((COLUMNS, tile.key, 0), 0), tile.touched_cols
         self._write(launch.hollow, launch, number, tile, block, state, work)
+
+    def _add_share(self, launch: Launch, number: int, piece: Piece, state: tuple[int, int, int]) -> None:
+        """The columns whose state this rank keeps for all."""
+        places, count, is_factored = self.travel.places, piece.touched_cols, self.kinds[piece.key] == "factored"
+        if is_factored:
+            launch.shared_columns.add(piece, state[1], len(launch.rows) - 1)
+        if count:
+            state = self._without_row(launch, state) if is_factored else state
+            work = places.get((NO_ROW, piece.key, 0), 0), places[SHARE, piece.key, 0], count
+            self._write(launch.share, launch, number, piece, Block(0, piece.first_row, 0, 1, count), state, work)
+
+    @staticmethod
+    def _without_row(launch: Launch, state: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The same with a row that is always zero, for kernels that want one."""
+        launch.size += 1
+        return launch.size - 1, state[1], launch.size - 1
 
     def _write(
         self,
@@ -155,6 +174,10 @@ class _Bucket:
         self.kept_work[0] = 0  # what is left of an earlier step must not count
         for call in calls:
             call.sums()
+
+    def reduce(self) -> list[Any]:
+        """What travels, under way."""
+        return [self.travel.reduce(self.shared_work), *(share.add_up() for share in self.shares)]
 
     def infinite(self) -> Tensor:
         """Whether a sum of squares is not finite: 0-d, bool, on the device."""
@@ -272,7 +295,7 @@ class Plan:
             bucket.travel.tell(bucket.shared_work, infinite)
             for call in some:
                 call.send()
-        pending = [bucket.travel.reduce(bucket.shared_work) for bucket in self.buckets]
+        pending = [each for bucket in self.buckets for each in bucket.reduce()]
         if infinite is not None:
             for each in pending:
                 each.wait()
@@ -285,6 +308,11 @@ class Plan:
             each.wait()
         for call in itertools.chain(*calls.values()):
             call.join()
+            call.slots_of_share()
+        for bucket in self.buckets:
+            for share in bucket.shares:
+                share.gather()
+        for call in itertools.chain(*calls.values()):
             call.slots_and_update()
             call.count()
         return True

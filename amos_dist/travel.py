@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .sharding import Layout, Reduction, Tile, cut_rows, joined, neighbours
+from .sharding import Cut, Layout, Reduction, Shares, Tile, cut_rows, joined, neighbours
 from .state import has_columns, has_rows
 
 
@@ -32,7 +32,9 @@ class Space:
 
 # What an entry is, of a parameter and a row of it.
 ROWS = "sums of squares of rows, from this one on"
-COLUMNS = "sums of squares of all columns that the tensor has state for"
+COLUMNS = "sums of squares of all columns of which the tensor has elements"
+SHARE = "sums of squares of the columns whose state this rank keeps for all"
+NO_ROW = "zero: a row for the kernels where there are only columns"
 FLAG = "on how many ranks the parameter has a gradient"
 OLD = "the sum of all column moments"
 SQUARES = "the sum of all squares"
@@ -58,8 +60,11 @@ def entries(layout: Layout, kinds: dict[int, str]) -> list[Entry]:
         if has_rows(kind):
             some = cut_rows(cut.rows, cut.cols, list(cut.borders))
             result += [Entry((ROWS, cut.key, row), 1, layout.groups) for row in some]
-        if has_columns(kind):
+        if has_columns(kind) and not cut.sharers:
             result.append(Entry((COLUMNS, cut.key, 0), cut.cols, layout.groups))
+        if kind == "factored" and cut.sharers:
+            result += [Entry((name, cut.key, 0), 1, layout.groups) for name in (OLD, SQUARES)]
+            result.append(Entry((NO_ROW, cut.key, 0), 1, ()))
     return result
 
 
@@ -85,9 +90,12 @@ def _of_tile(layout: Layout, tile: Tile, kind: str) -> list[Entry]:
 class Travel:
     """The first part of plane 0: all entries of a bucket, in sections that are added up over the same groups.
 
+    Behind them the columns of which each rank of a group keeps a share, and these shares.
+
     Attributes:
-        size: of that part. places: where each entry begins in it.
+        places: where each entry begins.
         ranges: what each process group adds up, in the order in which all ranks do.
+        shared: by process group: the parameters of whose columns each rank keeps a share.
 
     Args:
         everyone: the process groups that learn of a gradient that is not finite here; none: it is not asked here.
@@ -111,12 +119,25 @@ class Travel:
             for group in groups:
                 found[group].append((begin, space.used))
         self.ranges = {group: joined(some) for group, some in found.items()}
-        self.size = space.used
+        self._size = space.used
+        self.shared: dict[Any, list[Cut]] = {}
+        for layout in layouts:
+            for cut in layout.cuts:
+                if cut.sharers and has_columns(kinds[cut.key]):
+                    self.shared.setdefault(layout.groups[0], []).append(cut)
+        for cuts in self.shared.values():
+            for cut in cuts:
+                self.places[COLUMNS, cut.key, 0] = space.take(cut.sharers * cut.share)
+            for cut in cuts:  # one after another: they are received at once
+                self.places[SHARE, cut.key, 0] = space.take(cut.share)
+        self._end = space.used
+        self._kinds = kinds
         self._start = torch.empty(0)
 
     def numbers_of(self, group: Any) -> int:
         """How many numbers that process group adds up."""
-        return sum(end - begin for begin, end in self.ranges.get(group, ()))
+        added = sum(end - begin for begin, end in self.ranges.get(group, ()))
+        return added + sum(cut.sharers * cut.share for cut in self.shared.get(group, ()))
 
     @property
     def infinite(self) -> int | None:
@@ -129,12 +150,13 @@ class Travel:
 
     def begin(self, work: Tensor, absent: list[int]) -> None:
         """Zeros, and this rank's flags; absent: those of parameters without a gradient."""
-        if not self.size:
+        if not self._end:
             return
-        if self._start.numel() != self.size:
-            self._start = work.new_zeros(self.size)
+        if self._start.numel() != self._size:
+            self._start = work.new_zeros(self._size)
             self._start[[place for name, place in self.places.items() if name[0] == FLAG]] = 1
-        work[0, : self.size] = self._start
+        work[0, : self._size] = self._start
+        work[0, self._size : self._end] = 0
         if absent:
             work[0, absent] = 0
 
@@ -145,3 +167,13 @@ class Travel:
 
     def reduce(self, work: Tensor) -> Reduction:
         return Reduction(work[0], self.ranges)
+
+    def shares(self, work: Tensor) -> list[Shares]:
+        """The exchange of columns in each process group. Gathered are P of `factored`, A and B of `column`."""
+        result = []
+        for group, cuts in self.shared.items():
+            planes = 2 if any(self._kinds[cut.key] == "column" for cut in cuts) else 1
+            wholes = [(self.places[COLUMNS, cut.key, 0], cut.share) for cut in cuts]
+            mine = self.places[SHARE, cuts[0].key, 0]
+            result.append(Shares(group, cuts[0].sharers, work, planes, wholes, mine))
+        return result

@@ -8,6 +8,7 @@ from . import dtensor, whole, zero
 from .layout import Cut, Layout, Original
 from .piece import Block, Piece, Tile, cut_rows
 from .reduce import Pending, Reduction, disagreement, joined, neighbours
+from .shares import Shares
 from .whole import followers
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Pending",
     "Piece",
     "Reduction",
+    "Shares",
     "Tile",
     "cut_rows",
     "disagreement",

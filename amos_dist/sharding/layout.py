@@ -13,12 +13,27 @@ from .piece import Piece, Tile
 
 @dataclass(frozen=True)
 class Cut:
-    """A parameter of which several ranks hold pieces. borders: the elements at which a piece but the first begins."""
+    """A parameter of which several ranks hold pieces.
+
+    Attributes:
+        borders: the elements at which a piece but the first begins.
+        sharers: the ranks that keep a share of its columns' state each; 0: every rank keeps that of all columns.
+    """
 
     key: int
     rows: int
     cols: int
     borders: tuple[int, ...]
+    sharers: int = 0
+
+    @property
+    def share(self) -> int:
+        """The number of columns in a share, but for the last ones, which may have fewer."""
+        return -(-self.cols // self.sharers)
+
+    def share_of(self, rank: int) -> range:
+        """The columns whose state this rank keeps."""
+        return range(min(self.cols, rank * self.share), min(self.cols, (rank + 1) * self.share))
 
 
 @dataclass

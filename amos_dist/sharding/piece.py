@@ -31,6 +31,7 @@ class Piece:
         rows, cols: R and C of the whole parameter.
         start, length: the range of elements.
         offset: where in the tensor that holds it the piece begins, in elements.
+        share: the columns whose state this rank keeps for all ranks; None: each rank keeps that of all columns.
     """
 
     key: int
@@ -39,6 +40,7 @@ class Piece:
     start: int
     length: int
     offset: int = 0
+    share: range | None = None
 
     @property
     def first_row(self) -> int:
@@ -51,8 +53,15 @@ class Piece:
 
     @property
     def touched_cols(self) -> int:
-        """Columns that the piece has state for: all of them, since most pieces span whole rows."""
+        """Columns that the piece has state for: its share, or all of them, since most pieces span whole rows."""
+        if self.share is not None:
+            return len(self.share)
         return self.cols if self.length else 0
+
+    @property
+    def first_col(self) -> int:
+        """The first column that the piece has state for."""
+        return 0 if self.share is None else self.share.start
 
     @property
     def owned_rows(self) -> range:
@@ -60,9 +69,14 @@ class Piece:
         return range(-(-self.start // self.cols), -(-(self.start + self.length) // self.cols))
 
     @property
-    def owns_columns(self) -> bool:
+    def is_first(self) -> bool:
         """Whether the parameter begins in the piece: the case for one of its pieces."""
         return self.start == 0 and self.length > 0
+
+    @property
+    def owns_columns(self) -> bool:
+        """Whether the columns that the piece has state for are its own: over all pieces, each column once."""
+        return self.is_first or self.share is not None
 
     def blocks(self) -> list[Block]:
         """The rectangles that the piece is made of, in order."""
@@ -105,6 +119,7 @@ class Tile:
     # State begins at the tile's own first row and column; the tensor holds nothing else.
     first_row = 0
     offset = 0
+    share = None
 
     def blocks(self) -> list[Block]:
         """The rectangle itself, or none where it is empty."""

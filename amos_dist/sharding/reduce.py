@@ -53,22 +53,32 @@ def _difference(found: list[tuple[int, list[str]]], facts: Sequence[str]) -> str
     return ""
 
 
-class Pending:
-    """A sum over a process group that is under way; `wait` puts it into the tensor it came from."""
+def _within_reach(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    """A copy on the GPU of offloaded state under NCCL, which cannot read CPU memory."""
+    if tensor.device.type == "cpu" and "gloo" not in dist.get_backend(group) and torch.cuda.is_available():
+        return tensor.to(torch.device("cuda", torch.cuda.current_device()))
+    return tensor
 
-    def __init__(self, tensor: torch.Tensor, group: Any) -> None:
-        self.tensor = tensor
-        self.sent = tensor
-        if tensor.device.type == "cpu" and "gloo" not in dist.get_backend(group) and torch.cuda.is_available():
-            # Offloaded state under NCCL, which cannot read CPU memory.
-            self.sent = tensor.to(torch.device("cuda", torch.cuda.current_device()))
-        self.work = dist.all_reduce(self.sent, group=group, async_op=True)
+
+class Pending:
+    """A collective that is under way; `wait` puts its result into `tensor`.
+
+    Args:
+        collective: of torch.distributed; by default what the ranks have in `tensor` is added up.
+        given: what it takes beside the tensor for its result.
+    """
+
+    def __init__(self, tensor: torch.Tensor, group: Any, collective: Any = None, *given: torch.Tensor) -> None:
+        self.tensor, self.reached = tensor, _within_reach(tensor, group)
+        others = [_within_reach(each, group) for each in given]
+        work: Any = collective or dist.all_reduce
+        self.work = work(self.reached, *others, group=group, async_op=True)
 
     def wait(self) -> None:
         if self.work is not None:
             self.work.wait()
-        if self.sent is not self.tensor:
-            self.tensor.copy_(self.sent)
+        if self.reached is not self.tensor:
+            self.tensor.copy_(self.reached)
 
 
 def neighbours(sections: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -58,7 +58,10 @@ def original_shape(param: Any) -> tuple[int, ...]:
 
 
 def _stage3(flat: torch.Tensor, zero: Any, everywhere: list[Original]) -> Layout | None:
-    """Every parameter is split over its group: rank r holds elements [r n, (r + 1) n), padding at the end."""
+    """Every parameter is split over its group: rank r holds elements [r n, (r + 1) n), padding at the end.
+
+    Nearly all pieces touch all columns, whose state would be the same on every rank: each keeps a share of it.
+    """
     number = next((i for i, held in enumerate(zero.fp32_partitioned_groups_flat) if held is flat), None)
     if number is None:
         return None
@@ -75,12 +78,15 @@ def _stage3(flat: torch.Tensor, zero: Any, everywhere: list[Original]) -> Layout
         layout.groups = layout.fellows = (group,)
         n, rank, ranks = param.partition_numel(), dist.get_rank(group), dist.get_world_size(group)
         start, length = rank * n, max(0, min(n, original.numel - rank * n))
-        if length:
-            layout.pieces.append(Piece(original.key, original.rows, original.cols, start, length, offset))
-            checks.append((original, offset, param.ds_tensor.data.view(-1)[:length]))
+        share = None
         borders = tuple(range(n, min(n * ranks, original.numel), max(1, n)))  # 0: a parameter without elements
         if borders:
-            layout.cuts.append(Cut(original.key, original.rows, original.cols, borders))
+            layout.cuts.append(Cut(original.key, original.rows, original.cols, borders, sharers=ranks))
+            share = layout.cuts[-1].share_of(rank)
+        if length or share:
+            layout.pieces.append(Piece(original.key, original.rows, original.cols, start, length, offset, share))
+        if length:
+            checks.append((original, offset, param.ds_tensor.data.view(-1)[:length]))
         offset += n
     layout.fault = _compare(flat, checks)
     return layout

@@ -111,7 +111,7 @@ def test_equals_one_process(ranks: int, wanted: dict[str, Any]) -> None:
         assert got["moved"] > 0.01  # it did train
         assert got["worst"] <= wanted.get("tolerance", TOLERANCE[wanted["dtype"]]), got["where"]
         assert got["steps"] == [20]  # DeepSpeed's trial step is not among them
-        assert all(len(calls) <= 1 for calls in got["calls"])
+        assert all(len({kind for kind, _ in calls}) == len(calls) for calls in got["calls"])  # one of each
 
 
 def whole_matrix(shape: tuple[int, ...], kind: str) -> tuple[int, int]:
@@ -130,11 +130,14 @@ def whole_matrix(shape: tuple[int, ...], kind: str) -> tuple[int, int]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("ranks", "stage"), [(2, 2), (2, 3), (3, 2), (3, 3), (4, 1), (4, 3)])
 def test_only_cut_rows_and_columns_travel(ranks: int, stage: int, kind: str) -> None:
-    """Bytes of the all-reduce and numbers of state, counted element by element."""
+    """Bytes of the collectives and numbers of state, counted element by element.
+
+    At stage 3 each rank keeps an equal share of the columns' state.
+    """
     shapes = [tuple(p.shape) for p in Model().parameters() if p.requires_grad]
     total = sum(whole_matrix(s, "scalar")[1] for s in shapes)
     flat = -(-total // (2 * ranks)) * 2  # of each rank: DeepSpeed pads to 2 x ranks
-    travelling, state, place = 0, [0] * ranks, 0
+    travelling, shared, state, place = 0, 0, [0] * ranks, 0
     for shape in shapes:
         rows, cols = whole_matrix(shape, kind)
         share = -(-rows * cols // ranks) if stage == 3 else flat
@@ -144,16 +147,26 @@ def test_only_cut_rows_and_columns_travel(ranks: int, stage: int, kind: str) -> 
         own_kind = "scalar" if len(shape) < 2 and kind != "full" else kind
         if own_kind != "column":
             travelling += sum(len(some) > 1 for some in owners_of_row)
+        columns = [cols if rank in owners else 0 for rank in range(ranks)]  # whose state each rank has
         if own_kind in ("column", "factored") and len(owners) > 1:
-            travelling += cols
-        for rank in owners:
+            if stage == 3:
+                each = -(-cols // ranks)
+                columns = [max(0, min(each, cols - rank * each)) for rank in range(ranks)]
+                shared += ranks * each
+                travelling += 2 if own_kind == "factored" else 0  # the mean of all columns
+            else:
+                travelling += cols
+        for rank in range(ranks):
             mine = sum(rank in some for some in owners_of_row)
-            state[rank] += {"column": 2 * cols, "factored": 2 * mine + cols}.get(own_kind, 2 * mine)
+            state[rank] += {"column": 2 * columns[rank], "factored": 2 * mine + columns[rank]}.get(own_kind, 2 * mine)
         place += rows * cols
     name = case(kind, stage)["name"]
+    expected = [["all_reduce", 4 * travelling]] if travelling else []
+    if shared:
+        expected += [["scatter", 4 * shared], ["gather", 4 * shared * (2 if kind == "column" else 1)]]
     for rank, got in enumerate(results(ranks)):
         assert got[name]["state_numel"] == state[rank]
-        assert got[name]["calls"] == [[4 * travelling] if travelling else []] * 20
+        assert got[name]["calls"] == [expected] * 20
 
 
 @pytest.mark.timeout(450)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 import amos_dist
+from amos_dist.sharding import shares
 from tests.distributed.harness import complaint, received, relative, report
 from tests.distributed.model import Model, batch
 
@@ -140,10 +141,12 @@ def full_parameters(engine: Any) -> dict[str, torch.Tensor]:
 
 
 class Counter:
-    """Counts the all-reduces of step() and their bytes."""
+    """Counts what step() sends: for each step the kinds of its collectives and their bytes, of all ranks together."""
+
+    PLACES = ((dist, "all_reduce"), (shares, "_scatter"), (shares, "_gather"))
 
     def __init__(self) -> None:
-        self.calls: list[list[int]] = []
+        self.calls: list[list[tuple[str, int]]] = []
 
     def watch(self, engine: Any) -> None:
         base = engine.optimizer.optimizer if hasattr(engine.optimizer, "optimizer") else engine.optimizer
@@ -151,17 +154,20 @@ class Counter:
 
         def step(*args: Any, **kwargs: Any) -> Any:
             counted.calls.append([])
-            real = dist.all_reduce
+            real = [(module, name, getattr(module, name)) for module, name in counted.PLACES]
 
-            def count(tensor: torch.Tensor, *a: Any, **k: Any) -> Any:
-                counted.calls[-1].append(tensor.numel() * tensor.element_size())
-                return real(tensor, *a, **k)
+            def count(kind: str, collective: Any, *tensors: torch.Tensor, **more: Any) -> Any:
+                size = max(tensor.nbytes for tensor in tensors)
+                counted.calls[-1].append((kind.strip("_"), size))
+                return collective(*tensors, **more)
 
-            dist.all_reduce = count
+            for module, name, collective in real:
+                setattr(module, name, functools.partial(count, name, collective))
             try:
                 return original(*args, **kwargs)
             finally:
-                dist.all_reduce = real
+                for module, name, collective in real:
+                    setattr(module, name, collective)
 
         base.step = step
 

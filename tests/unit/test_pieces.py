@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from amos_dist.member import Member
 from amos_dist.plan import Plan
 from amos_dist.reference import amos_step
-from amos_dist.sharding import Layout, Piece, cut_rows, reduce
+from amos_dist.sharding import Layout, Piece, cut_rows, reduce, shares
 from amos_dist.sharding.layout import Cut
 from amos_dist.state import state_sizes
 from amos_dist.tables import Constants
@@ -80,7 +80,7 @@ def test_a_parameter_without_elements() -> None:
 
 
 class Ranks:
-    """Stands for a process group: adds up what each thread brings, and counts."""
+    """Stands for a process group: exchanges and adds up what each thread brings, and counts."""
 
     def __init__(self, size: int) -> None:
         self.size, self.barrier = size, threading.Barrier(size, timeout=20)
@@ -89,15 +89,19 @@ class Ranks:
         self.elements = 0
         self.local = threading.local()
 
-    def add(self, tensor: torch.Tensor) -> None:
+    def exchange(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Of each rank a row."""
         rank = self.local.rank
         self.brought[rank] = tensor.clone()
         self.barrier.wait()
         assert len({t.numel() for t in self.brought if t is not None}) == 1
-        total = torch.stack([t for t in self.brought if t is not None]).sum(0)
+        everything = torch.stack([t for t in self.brought if t is not None])
         self.barrier.wait()
-        tensor.copy_(total)
-        if rank == 0:
+        return everything
+
+    def add(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(self.exchange(tensor).sum(0))
+        if self.local.rank == 0:
             self.calls += 1
             self.elements += tensor.numel()
 
@@ -105,8 +109,14 @@ class Ranks:
 class FakePending:
     """Takes the place of reduce.Pending."""
 
-    def __init__(self, tensor: torch.Tensor, group: Ranks) -> None:
-        group.add(tensor)
+    def __init__(self, tensor: torch.Tensor, group: Ranks, collective: Any = None, *given: torch.Tensor) -> None:
+        if collective is None:
+            group.add(tensor)
+        elif collective is shares._scatter:
+            tensor.copy_(group.exchange(given[0]).sum(0).chunk(group.size)[group.local.rank])
+        else:
+            assert collective is shares._gather
+            tensor.copy_(group.exchange(given[0]).view(-1))
 
     def wait(self) -> None:
         pass
@@ -139,10 +149,34 @@ def shard(rank: int, ranks: Ranks, kinds: list[str], flat: torch.Tensor) -> tupl
     return flat[rank * part : (rank + 1) * part].clone(), layout
 
 
+def parts(rank: int, ranks: Ranks, kinds: list[str], flat: torch.Tensor) -> tuple[torch.Tensor, Layout]:
+    """This rank's part of each parameter, one behind the other, as ZeRO-3 does it, with its share of the columns."""
+    layout, begin, held = Layout([], (ranks,), (ranks,)), 0, [flat[:0]]
+    for key, ((rows, cols), kind) in enumerate(zip(SHAPES, kinds, strict=True)):
+        n = rows * cols
+        R, C = VIEWS.get(kind, lambda n, rows, cols: (rows, cols))(n, rows, cols)
+        part = -(-n // ranks.size)
+        first, last = min(n, rank * part), min(n, (rank + 1) * part)
+        cut = Cut(key, R, C, tuple(range(part, n, part)), sharers=ranks.size)
+        layout.cuts.append(cut)
+        layout.pieces.append(Piece(key, R, C, first, last - first, sum(map(len, held)), cut.share_of(rank)))
+        held.append(flat[begin + first : begin + last])
+        begin += n
+    return torch.cat(held), layout
+
+
+def joined(results: list[torch.Tensor], size: int, shard: Any) -> torch.Tensor:
+    """All parameters, one behind the other."""
+    numbers = torch.arange(sum(rows * cols for rows, cols in SHAPES))
+    places = torch.cat([shard(rank, Ranks(size), ["row"] * len(SHAPES), numbers)[0] for rank in range(size)])
+    return torch.cat(results)[places.argsort()]
+
+
 @pytest.mark.parametrize("fused", [True, False], ids=["native", "fallback"])
 @pytest.mark.parametrize("kind", [*KINDS, "mixed"])
+@pytest.mark.parametrize("shard", [shard, parts], ids=["zero 2", "zero 3"])
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_simulated_ranks(size: int, kind: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simulated_ranks(size: int, shard: Any, kind: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reduce, "Pending", FakePending)
     kinds = [kind if kind != "mixed" else KINDS[i % len(KINDS)] for i in range(len(SHAPES))]
     params = [randn(i, *shape, dtype=torch.float64) for i, shape in enumerate(SHAPES)]
@@ -183,8 +217,10 @@ def test_simulated_ranks(size: int, kind: str, fused: bool, monkeypatch: pytest.
     for result in results:
         if isinstance(result, BaseException):
             raise result
-    assert relative_error(torch.cat(results), torch.cat([p.flatten() for p in params])) <= 1e-12
+    assert relative_error(joined(results, size, shard), torch.cat([p.flatten() for p in params])) <= 1e-12
     # One all-reduce a step, of one number more in the first step at most than in the others.
     assert ranks.calls <= len(flat_grads)
-    if kind == "row":  # only the cut rows travel, at most one for each border, and the count of faults
+    if (
+        kind == "row" and shard is not parts
+    ):  # only the cut rows travel, at most one for each border, and the count of faults
         assert ranks.elements <= len(flat_grads) * size
