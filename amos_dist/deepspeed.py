@@ -1,7 +1,8 @@
 """DeepSpeed: `"optimizer": {"type": "Amos", ...}` in its JSON, for ZeRO stages 0 to 3.
 
 DeepSpeed takes any optimizer that is an attribute of torch.optim, and asks that ZeRO know its class. Nothing of
-DeepSpeed is patched, and nothing imported: its modules are looked up where they are loaded already. Seen with 0.19.8.
+DeepSpeed is imported: its modules are looked up where they are loaded already. Nothing is patched but one method that
+it leaves on parameters: see sharding/zero.py. Seen with 0.19.8.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def note_measured(groups: list[dict[str, Any]], originals: list[Original]) -> No
     """The groups were loaded: their sigmas are those of the parameters."""
     by_number = {group["amos_group"]: group for group in groups}
     for original in originals:
-        original.measured = measured_of(original, by_number[original.group])
+        original.measured, original.loaded = measured_of(original, by_number[original.group]), True
 
 
 def constants_of(

@@ -78,6 +78,7 @@ class Original:
         trainable: whether it required a gradient then: what frameworks copy or flatten is decided at that time.
         row_dims: of its matrix view for the kind of moments that it has: none for "scalar", all for "full".
         measured: the scale that sigma="auto" has found, or that was loaded.
+        loaded: whether a checkpoint was.
         rows, cols: that matrix: "scalar" is 1 x numel, "full" is numel x 1.
     """
 
@@ -90,6 +91,7 @@ class Original:
     row_dims: int
     trainable: bool
     measured: float | None = None
+    loaded: bool = False
 
     @property
     def rows(self) -> int:

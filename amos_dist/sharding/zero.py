@@ -5,13 +5,31 @@ Nothing of DeepSpeed is imported: it leaves what is needed on the parameters (se
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import sys
+import warnings
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from .layout import Cut, Layout, Original
 from .piece import Piece
+from .reduce import disagreement
+
+
+class _Check(NamedTuple):
+    """A piece of a flat partition, to be looked at once.
+
+    Attributes:
+        offset: where it begins in the partition. held: the parameter's own numbers there.
+        mapped: whether DeepSpeed's map, by which its `safe_set_full_fp32_param` writes, says the same place.
+    """
+
+    original: Original
+    offset: int
+    held: torch.Tensor
+    mapped: bool
 
 
 def find(flat: torch.Tensor, originals: list[Original], everywhere: list[Original], alone: bool) -> Layout | None:
@@ -86,7 +104,8 @@ def _stage3(flat: torch.Tensor, zero: Any, everywhere: list[Original]) -> Layout
         if length or share:
             layout.pieces.append(Piece(original.key, original.rows, original.cols, start, length, offset, share))
         if length:
-            checks.append((original, offset, param.ds_tensor.data.view(-1)[:length]))
+            mapped = zero.grad_position.get(zero.get_param_id(param)) == [number, offset, n]
+            checks.append(_Check(original, offset, param.ds_tensor.data.view(-1)[:length], mapped))
         offset += n
     layout.fault = _compare(flat, checks)
     return layout
@@ -103,6 +122,7 @@ def _stage12(flat: torch.Tensor, flattened: list[Original]) -> Layout:
     layout, checks = Layout([], (group,), (group,)), []
     for original in sorted(flattened, key=lambda o: o.param.data_ptr()):
         param = original.param
+        param.get_full_hp_param = functools.partial(_gathered, original)  # type: ignore[attr-defined]
         begin = (param.data_ptr() - base) // param.element_size()
         if begin + original.numel > size * dist.get_world_size(group):
             # Addresses differ from rank to rank then: nothing that depends on them may reach the all-reduce.
@@ -111,7 +131,8 @@ def _stage12(flat: torch.Tensor, flattened: list[Original]) -> Layout:
         if first < last:
             start, offset = first - begin, first - rank * size
             layout.pieces.append(Piece(original.key, original.rows, original.cols, start, last - first, offset))
-            checks.append((original, offset, param.data.view(-1)[start : start + last - first]))
+            mapped = _maps(getattr(param, "_hp_mapping", None), start, last - first, offset)
+            checks.append(_Check(original, offset, param.data.view(-1)[start : start + last - first], mapped))
         borders = tuple(range((begin // size + 1) * size - begin, original.numel, size))
         if borders:
             layout.cuts.append(Cut(original.key, original.rows, original.cols, borders))
@@ -119,12 +140,54 @@ def _stage12(flat: torch.Tensor, flattened: list[Original]) -> Layout:
     return layout
 
 
-def _compare(flat: torch.Tensor, checks: list[tuple[Original, int, torch.Tensor]]) -> str:
-    """A wrong map would train garbage: once, the partition's numbers must be those of the parameters."""
-    for original, offset, held in checks:
+def _maps(mapping: Any, start: int, length: int, offset: int) -> bool:
+    """Whether DeepSpeed's map has these elements of a parameter at that place of the partition, too."""
+    if mapping is None:
+        return False
+    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return (low.start, high.numel, high.start) == (start, length, offset)
+
+
+def _gathered(original: Original, optim_state_key: str | None = None) -> torch.Tensor:
+    """A parameter's float32 weights, or state: DeepSpeed's method of it, but no rank waits for ever.
+
+    Of a key that is not there, only the ranks that have a part of the parameter would learn.
+
+    Raises:
+        ValueError: on every rank, where any has no such state.
+    """
+    param: Any = original.param
+    if optim_state_key is not None:
+        fault, mapping = "", param._hp_mapping
+        if mapping is not None and optim_state_key not in (mapping.optim_fragment or ()):
+            fault = (
+                f"no {optim_state_key!r} of the shape of parameter {original.name!r} is in the state of Amos. "
+                "Of this shape it has 'momentum', where that is not 0: take all else from amos_dist.full_state(engine)."
+            )
+        if fault := disagreement(param._dp_group, fault, doing="give that state"):
+            raise ValueError(fault)
+    return sys.modules["deepspeed.utils"].get_full_hp_param(param, optim_state_key)
+
+
+def _compare(flat: torch.Tensor, checks: list[_Check]) -> str:
+    """A wrong map would train garbage: once, the partition's numbers must be those of the parameters.
+
+    Where they are not, but DeepSpeed's own map is the same, somebody has set weights on purpose. Not so after loading.
+    """
+    changed = []
+    for original, offset, held, mapped in checks:
         part = flat.detach().view(-1)[offset : offset + held.numel()].to(held.device, held.dtype)
         if not torch.equal(part, held) and not torch.equal(part.nan_to_num(), held.nan_to_num()):
-            return _misplaced(original)
+            if original.loaded or not mapped:
+                return _misplaced(original)
+            changed.append(original.name)
+    if changed:
+        warnings.warn(
+            f"the float32 weights of {len(changed)} parameters, {changed[0]!r} among them, are not those of the "
+            "parameters. Training goes on from the float32 weights, as safe_set_full_fp32_param sets them: if you have "
+            "changed the parameters themselves, do so before deepspeed.initialize.",
+            stacklevel=2,
+        )
     return ""
 
 

@@ -1,13 +1,14 @@
 """Looks at, changes and moves the optimizer's state under DeepSpeed ZeRO, and loads checkpoints of other models.
 
-A case: {"name", "do": "model" | "look" | "move", …} and what zero_worker.engine_for reads.
+A case: {"name", "do": "model" | "look" | "move" | "set", …} and what zero_worker.engine_for reads.
 "model": "to": the model that loads. "look": reads and writes state by DeepSpeed's names and by full_state.
-"move": "how": what is moved: see `MOVES`.
+"move": "how": what is moved: see `MOVES`. "set": float32 weights, before the first step.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -122,14 +123,13 @@ def look(case: dict[str, Any]) -> dict[str, Any]:
         result["moved"] = min(float(value.abs().sum()) for name, value in momentum.items() if "unused" not in name)
     inner, stage3 = params["inner.weight"], case["stage"] == 3
     shape = tuple(getattr(inner, "ds_shape", inner.shape))
-    mapping = getattr(inner, "_hp_mapping", None)
     result["others"] = []
     for key in STATE:
+        # Of the smallest, too: one rank has all of it, and the others nothing.
+        for each in (inner,) if stage3 else (inner, params["tiny.weight"]):
+            result["others"] += [said(lambda key=key, each=each: safe_get_full_optimizer_state(each, key))]
         if stage3:
-            result["others"] += [said(lambda key=key: safe_get_full_optimizer_state(inner, key))]
             result["others"] += [said(lambda key=key: safe_get_local_optimizer_state(inner, key))]
-        elif mapping is not None:  # on the ranks that have a part; the others would wait for each other
-            result["others"] += [said(lambda key=key: mapping.get_hp_fragment(key))]
     ramp = torch.arange(inner.ds_numel if stage3 else inner.numel()).view(shape) / 64  # exact in bfloat16
     safe_set_full_optimizer_state(inner, ramp, "momentum")
     result["set"] = torch.equal(safe_get_full_optimizer_state(inner, "momentum"), ramp)
@@ -227,6 +227,36 @@ def move(case: dict[str, Any]) -> dict[str, Any]:
     return {"moves": result}
 
 
+def set_weights(case: dict[str, Any]) -> dict[str, Any]:
+    """Float32 weights that are set after the first backward pass are what the first step moves.
+
+    "foreign": DeepSpeed's own map of the partition is not what Amos takes for it.
+    """
+    engine = engine_for(case, 24)
+    params = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+    *parts, last = batch(0, 24).chunk(12)[dist.get_rank() :: dist.get_world_size()]
+    for part in parts:
+        engine.backward(engine(part))
+        engine.step()
+    engine.backward(engine(last))
+    wanted = {name: safe_get_full_fp32_param(p) + 1 for name, p in params.items()}
+    if case["stage"] == 3:  # it can set only what it has cut into equal parts
+        wanted = {name: value for name, value in wanted.items() if value.numel() % dist.get_world_size() == 0}
+    for name in wanted:
+        param = params[name]
+        safe_set_full_fp32_param(param, wanted[name])
+        if case.get("foreign") and param._hp_mapping is not None:
+            param._hp_mapping.lp_fragment_address.start += 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        text = said(engine.step)
+    if text or case.get("foreign"):
+        return {"text": text}
+    changes = {name: float((safe_get_full_fp32_param(params[name]) - w).abs().max()) for name, w in wanted.items()}
+    told = sum("Training goes on from the float32 weights" in str(each.message) for each in caught)
+    return {"text": text, "changes": changes, "told": told}
+
+
 if __name__ == "__main__":
     deepspeed.init_distributed("gloo", verbose=False)
-    serve({"model": model, "look": look, "move": move})
+    serve({"model": model, "look": look, "move": move, "set": set_weights})

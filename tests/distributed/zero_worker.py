@@ -252,15 +252,18 @@ def resume(case: dict[str, Any]) -> dict[str, Any]:
 
 def fault(case: dict[str, Any]) -> dict[str, Any]:
     """One rank's partition or state does not fit: every rank must say so, and nothing change."""
+    folder = os.environ["AMOS_TEST_FOLDER"] + "/" + case["name"].replace(" ", "_")
+    engine_for(case, 12 * case.get("micro", 2)).save_checkpoint(folder, "none")
     engine = engine_for(case, 12 * case.get("micro", 2))
+    engine.load_checkpoint(folder, "none")
     stage3 = case["stage"] == 3
     flats = (
         engine.optimizer.fp32_partitioned_groups_flat if stage3 else engine.optimizer.single_partition_of_fp32_groups
     )
-    if dist.get_rank() == 1:
+    if dist.get_rank() == 1:  # as a damaged checkpoint leaves it
         if case["fault"] == "partition":
             flats[0].data[3] += 1
-        else:  # as a damaged checkpoint leaves it
+        else:
             engine.optimizer.optimizer.state[flats[0]] = {"step": torch.ones(()), "momentum": torch.zeros(5)}
     before = [flat.detach().clone() for flat in flats]
     try:

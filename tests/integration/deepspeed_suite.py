@@ -43,7 +43,7 @@ FILES = {
     "v1/moe": "moe moe_tp",
     "runtime/pipe": "pipe",
     "v1/zero": "zero zero_cpu_offload_grad_accum zero2_offload_multi_backward stage2_flatten_on_gpu zero_autocast "
-    "zero_coalesce_grad_reduction offload_states zero_user_backward",
+    "zero_coalesce_grad_reduction offload_states",
     "runtime": "ds_initialize lr_schedulers multi_output_model no_sync_ctxt data ds_config_dict multiple_models",
 }
 ALL = [f"{folder}/test_{name}.py" for folder, names in FILES.items() for name in names.split()]
@@ -51,11 +51,8 @@ ALL = [f"{folder}/test_{name}.py" for folder, names in FILES.items() for name in
 # Why tests fail with Amos alone: what is found in "test: error", and the reason. Where nothing fits, the error stands.
 REASONS = [
     ("does not work with zero_optimization.elastic_checkpoint", "refused at initialize: elastic_checkpoint"),
-    (
-        "KeyError: 'exp_avg|TensorFragmentGet.*no end after",
-        "asks for Adam's state by name (at stages 1 and 2 it hangs)",
-    ),
-    ("float32 partition does not hold", "sets float32 weights between initialize and the first step: refused"),
+    ("does not work with zero_optimization.offload_optimizer.ratio", "refused at initialize: offload_optimizer.ratio"),
+    ("test_fused_gradnorm.*unscale_and_clip_grads", "is of the wrapper that DeepSpeed has for its own FusedAdam only"),
 ]
 
 Result = dict[str, Any]
@@ -120,6 +117,7 @@ def run_pytest(options: argparse.Namespace, file: str, orders: Path) -> None:
     }
     command = [sys.executable, "-m", "pytest", "-p", "deepspeed_suite_plugin", "-p", "no:cacheprovider"]
     command += [f"--timeout={options.limit}", "--timeout-method=thread", f"unit/{file}"]
+    command += ["-m", "not nightly"]  # which fetch models; those that must run alone do so, within their file
     command += ["-k", options.k] if options.k else []
     with options.log.open("a") as log:
         process = subprocess.Popen(
@@ -140,7 +138,7 @@ COLUMNS = {
     "skipped": "skipped",
     "both": "fails with the original too",
     "left": "not run",
-    "alone": "fails with Amos; whether alone is not verified",
+    "alone": "fails with Amos alone",
 }
 
 
@@ -169,7 +167,9 @@ def table(results: Results) -> Iterator[str]:
         collected = results.get(("collected", file), {"count": 0})["count"]
         counts["left"] = max(0, collected - counts.total())
         totals += counts
-        reasons = Counter(reason_of(each) for column, each in verdicts if column == "alone").most_common()
+        failed = [each for column, each in verdicts if column == "alone"]
+        unsure = {each["id"] for each in failed if ("original", each["id"]) not in results}
+        reasons = Counter(reason_of(each) + " (alone?)" * (each["id"] in unsure) for each in failed).most_common()
         said = "; ".join(f"{count}: {reason}" for reason, count in reasons).replace("|", "\\|")
         cells = [str(counts[column]) for column in COLUMNS if column != "alone"]
         yield f"| {file} | {' | '.join(cells)} | {said or 0} |"

