@@ -1,6 +1,6 @@
 """python -m amos_dist info: what was built, and if something is missing, why. bench: what a step costs.
 
-convert: a checkpoint of one framework as another's. verify: whether a sealed one is whole.
+convert: a checkpoint of one framework as another's. verify: whether a sealed one is whole. rules: sigma by parameter.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from . import bench_cases as cases
 from . import bench_report as report
 from . import convert, manifest
 from .ops import build_info
+from .rules import table as rules_table
 
 
 def info(as_json: bool) -> None:
@@ -105,6 +106,7 @@ def main() -> int:
     verified.add_argument(
         "folder", type=Path, metavar="FOLDER", help="with manifest.json, or with DeepSpeed's `latest`"
     )
+    rules_table.add_arguments(commands.add_parser("rules", help="sigma and moments of a model's parameters, and why"))
     arguments = parser.parse_args()
     if arguments.command == "info":
         info(arguments.json)
@@ -116,6 +118,9 @@ def main() -> int:
             return 0
         if arguments.command == "verify":
             print(manifest.verify(arguments.folder))
+            return 0
+        if arguments.command == "rules":
+            print(rules_table.command(arguments))
             return 0
         return bench(arguments)
     except ValueError as error:  # of the arguments: two sentences say what to change

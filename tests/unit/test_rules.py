@@ -11,6 +11,7 @@ from torch import nn
 
 from amos_dist import Amos, param_groups
 from amos_dist.rules import advise
+from amos_dist.rules.table import table
 
 
 def settings_by_name(model: nn.Module, sigma: Any = "paper", **given: Any) -> dict[str, dict[str, Any]]:
@@ -77,6 +78,76 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lstm": (
         lambda: nn.LSTM(5, 7),
         {"weight_ih_l0": root(1 / 5), "weight_hh_l0": root(1 / 7), "bias_ih_l0": 0.5, "bias_hh_l0": 0.5},
+    ),
+    "attention of other widths": (
+        lambda: nn.MultiheadAttention(12, 3, kdim=8, vdim=6, bias=False),
+        {
+            "q_proj_weight": root(1 / 12), "k_proj_weight": root(1 / 8), "v_proj_weight": root(1 / 6),
+            "out_proj.weight": root(1 / 12),
+        },
+    ),
+    "gru": (
+        lambda: nn.GRU(5, 7, bidirectional=True, bias=False),
+        {
+            "weight_ih_l0": root(1 / 5), "weight_hh_l0": root(1 / 7), "weight_ih_l0_reverse": root(1 / 5),
+            "weight_hh_l0_reverse": root(1 / 7),
+        },
+    ),
+    "projected lstm": (
+        lambda: nn.LSTM(5, 7, proj_size=3, bias=False),
+        {"weight_ih_l0": root(1 / 5), "weight_hh_l0": root(1 / 3), "weight_hr_l0": root(1 / 7)},
+    ),
+    "cells": (
+        lambda: nn.Sequential(nn.LSTMCell(5, 7, bias=False), nn.GRUCell(4, 6, bias=False), nn.RNNCell(3, 2)),
+        {
+            "0.weight_ih": root(1 / 5), "0.weight_hh": root(1 / 7), "1.weight_ih": root(1 / 4),
+            "1.weight_hh": root(1 / 6), "2.weight_ih": root(1 / 3), "2.weight_hh": root(1 / 2), "2.bias_ih": 0.5,
+            "2.bias_hh": 0.5,
+        },
+    ),
+    "norms of several dimensions": (lambda: nn.LayerNorm([4, 5, 5]), {"weight": 1.0, "bias": 0.5}),
+    "convolutions of 1 and 3 dimensions": (
+        lambda: nn.Sequential(nn.Conv1d(8, 6, 5, bias=False), nn.Conv3d(1, 2, 3, bias=False)),
+        {"0.weight": root(2 / 40), "1.weight": root(8 / 27)},
+    ),
+    "transposed after an activation": (
+        lambda: nn.Sequential(nn.GELU(), nn.ConvTranspose1d(6, 4, 3, bias=False), nn.ConvTranspose3d(4, 2, 3)),
+        {"1.weight": root(2 / 18), "2.weight": root(1 / 108), "2.bias": 0.5},
+    ),
+    "bags": (lambda: nn.EmbeddingBag(50, 8), {"weight": root(2 / 8)}),
+    "bilinear": (lambda: nn.Bilinear(3, 4, 5, bias=False), {"weight": root(1 / 12)}),
+    "weight_norm": (
+        lambda: nn.Sequential(nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(6, 7, bias=False))),
+        {  # rows of 6 entries of √(2/6) have a norm of √2
+            "1.parametrizations.weight.original0": root(2), "1.parametrizations.weight.original1": root(2 / 6),
+        },
+    ),
+    "weight_norm of kernel positions": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(6, 8, 3, bias=False), dim=2),
+        {  # 48 entries of √(2/18) for each of 3 magnitudes
+            "parametrizations.weight.original0": root(48 * 2 / 18), "parametrizations.weight.original1": root(2 / 18),
+        },
+    ),
+    "weight_norm, the older": (
+        lambda: nn.utils.weight_norm(nn.Linear(6, 7, bias=False)),
+        {"weight_g": root(1), "weight_v": root(1 / 6)},
+    ),
+    "spectral_norm": (
+        lambda: nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(6, 7, bias=False)),
+            nn.utils.spectral_norm(nn.Conv2d(8, 7, 3, bias=False)),
+        ),
+        {"0.parametrizations.weight.original": root(1 / 6), "1.weight_orig": root(2 / 72)},
+    ),
+    "after an activation in Sequential alone": (
+        lambda: nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 5, bias=False)),
+        {"0.weight": root(1 / 4), "2.weight": root(1 / 4)},
+    ),
+    "names of an MLP behind its activation": (
+        lambda: nn.ModuleDict(
+            {"layers": nn.ModuleList([nn.ModuleDict({"activation_fn": nn.ReLU(), "fc1": nn.Linear(4, 6, bias=False)})])}
+        ),
+        {"layers.0.fc1.weight": root(1 / 4)},
     ),
     "transformer names": (
         Attention,
@@ -186,6 +257,85 @@ def test_every_parameter_has_advice_with_a_reason() -> None:
         advice = advise(model)
         assert set(advice) == {name for name, _ in model.named_parameters()}
         assert all(a.reason for a in advice.values())
+
+
+# ---- what no type tells --------------------------------------------------------------------------------------------
+
+
+class Bare(nn.Module):
+    """Parameters that are no module's of torch."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape)))
+
+
+def test_tokens_and_positions_are_embeddings_with_a_row_each() -> None:
+    found = settings_by_name(Bare(cls_token=(1, 1, 8), position_embeddings=(1, 17, 8), pos_embed=(4, 4, 8)))
+    assert [values["sigma"] for values in found.values()] == [root(2 / 8)] * 3
+    assert [values["row_dims"] for values in found.values()] == [2, 2, 2]
+
+
+def test_stacked_experts_that_say_they_are_transposed() -> None:
+    """(E, out, in), and (E, in, out) where the module says is_transposed, as in transformers."""
+    experts = Bare(gate_up_proj=(4, 12, 6), down_proj=(4, 6, 10), gate_up_proj_bias=(4, 12))
+    expected = {"gate_up_proj": root(1 / 6), "down_proj": root(2 / 10), "gate_up_proj_bias": 0.5}
+    assert sigmas(experts) == expected
+    found = settings_by_name(experts)
+    assert found["gate_up_proj"]["row_dims"] == found["down_proj"]["row_dims"] == 2
+    experts.is_transposed = True
+    assert sigmas(experts) == expected | {"gate_up_proj": root(1 / 12), "down_proj": root(2 / 6)}
+
+
+def test_router_and_bare_kernels() -> None:
+    model = nn.ModuleDict({"router": Bare(weight=(4, 12)), "mlp": Bare(w1=(9, 6), w2=(6, 9))})
+    assert sigmas(model) == {"router.weight": root(1 / 12), "mlp.w1": root(1 / 6), "mlp.w2": root(2 / 9)}
+
+
+def test_scales_less_one_are_like_biases() -> None:
+    """Gemma's norms scale by 1 + weight."""
+
+    class Gemma2RMSNorm(Bare):
+        pass
+
+    class Gemma3nRMSNorm(Bare):
+        pass
+
+    model = nn.Sequential(Gemma2RMSNorm(weight=(6,)), Gemma3nRMSNorm(weight=(6,)))
+    assert sigmas(model) == {"0.weight": 0.5, "1.weight": 1.0}
+
+
+def test_a_vector_in_all_but_its_shape() -> None:
+    assert sigmas(Bare(gamma=(6, 1, 1), level=(1, 6))) == {"gamma": 0.5, "level": 0.5}
+
+
+def test_no_rule_is_auto() -> None:
+    """The optimizer measures what the paper knows nothing of, and only that."""
+    model = nn.ModuleDict({"mixer": Bare(A_log=(5, 3)), "out": nn.Linear(6, 3, bias=False)})
+    assert sigmas(model) == {"mixer.A_log": "auto", "out.weight": root(1 / 6)}
+    optimizer = Amos(param_groups(model, "paper"), lr=0.1)
+    scale = model["mixer"].A_log.double().square().mean().sqrt().item()
+    assert [group["measured_sigma"] for group in optimizer.param_groups] == [[pytest.approx(scale, rel=1e-12)], [None]]
+    row = next(row for row in table(model) if row.name == "mixer.A_log")
+    assert row.sigma == pytest.approx(scale, rel=1e-12)
+    assert row.reason == "no rule for A_log of Bare: auto; root mean square of the entries at start"
+
+
+def test_lazy_modules() -> None:
+    with pytest.raises(ValueError, match=r"'0.weight' has no shape yet.* Run one batch"):
+        param_groups(nn.Sequential(nn.LazyLinear(3)), "paper")
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_tied_weights_are_embeddings_whoever_comes_first(head_first: bool) -> None:
+    embed, head = nn.Embedding(50, 8), nn.Linear(8, 50, bias=False)
+    head.weight = embed.weight
+    model = nn.ModuleDict({"head": head, "embed": embed} if head_first else {"embed": embed, "head": head})
+    (row,) = table(model)
+    name, other = ("head.weight", "embed.weight") if head_first else ("embed.weight", "head.weight")
+    assert (row.name, row.sigma) == (name, root(2 / 8))
+    assert row.reason == f"embedding: √(2/width), width 8; tied to {other}: counted once"
 
 
 # ---- "auto" ------------------------------------------------------------------------------------------------
