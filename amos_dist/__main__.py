@@ -1,6 +1,7 @@
 """python -m amos_dist info: what was built, and if something is missing, why. bench: what a step costs.
 
 convert: a checkpoint of one framework as another's. verify: whether a sealed one is whole. rules: sigma by parameter.
+plan: what a step holds and sends on thousands of ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from . import bench as measuring
 from . import bench_cases as cases
 from . import bench_report as report
-from . import convert, manifest
+from . import convert, manifest, scaling
 from .ops import build_info
 from .rules import table as rules_table
 
@@ -51,6 +52,17 @@ def device_named(name: str | None) -> torch.device:
     return device
 
 
+def refuse_files(arguments: argparse.Namespace) -> None:
+    """Before anything long is done. Raises:
+    ValueError: what --json and --plot ask for cannot be written.
+    """
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib, which is not installed. pip install matplotlib, or leave it away.")
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path is not None:
+            refuse_unwritable(option, path)
+
+
 def refuse_unwritable(option: str, path: Path) -> None:
     """Raises:
     ValueError: no file can be written there, or no plot of that kind.
@@ -66,13 +78,9 @@ def bench(arguments: argparse.Namespace) -> int:
     """Measures, prints and writes what was asked for; 1 if an Amos variant could not run."""
     if arguments.repeat < 1:
         raise ValueError(f"--repeat {arguments.repeat}: at least one step must be measured. Give 1 or more.")
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib, which is not installed. pip install matplotlib, or leave it away.")
     if not 1 <= arguments.threads <= 1024:
         raise ValueError(f"--threads {arguments.threads}: that is no number of threads. Give 1 to 1024.")
-    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):  # before hours of measuring
-        if path is not None:
-            refuse_unwritable(option, path)
+    refuse_files(arguments)
     torch.set_num_threads(arguments.threads)
     device = device_named(arguments.device)
     peers = cases.peers_named(arguments.against)
@@ -107,6 +115,7 @@ def main() -> int:
         "folder", type=Path, metavar="FOLDER", help="with manifest.json, or with DeepSpeed's `latest`"
     )
     rules_table.add_arguments(commands.add_parser("rules", help="sigma and moments of a model's parameters, and why"))
+    scaling.add_arguments(commands.add_parser("plan", help="what a step holds and sends on thousands of ranks"))
     arguments = parser.parse_args()
     if arguments.command == "info":
         info(arguments.json)
@@ -121,6 +130,10 @@ def main() -> int:
             return 0
         if arguments.command == "rules":
             print(rules_table.command(arguments))
+            return 0
+        if arguments.command == "plan":
+            refuse_files(arguments)
+            print(scaling.command(arguments))
             return 0
         return bench(arguments)
     except ValueError as error:  # of the arguments: two sentences say what to change
