@@ -8,20 +8,27 @@ __version__ = "0.1.0"
 from . import deepspeed as _deepspeed
 from . import reference
 from .checkpoint import full_state
-from .decay import InverseSquareDecay, InverseTimeDecay
+from .decay import IntegralDecay, InverseSquareDecay, InverseTimeDecay
+from .guidance import lr_for_half_life, suggest_lr, weight_decay_for
 from .ops import build_info
 from .optimizer import Amos
+from .relative_step import RelativeStep
 from .rules import param_groups
 
 _deepspeed.register()
 
 __all__ = [
     "Amos",
+    "IntegralDecay",
     "InverseSquareDecay",
     "InverseTimeDecay",
+    "RelativeStep",
     "__version__",
     "build_info",
     "full_state",
+    "lr_for_half_life",
     "param_groups",
     "reference",
+    "suggest_lr",
+    "weight_decay_for",
 ]

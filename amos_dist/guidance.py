@@ -1,0 +1,75 @@
+"""Numbers to start from: learning rates and weight decays that follow from the data, the scale and the length of a run.
+
+Sources: Tian & Parikh 2022 (arXiv 2210.11693), sections 2 and 5; J. Su, kexue.fm/archives/9344.
+"""
+
+from __future__ import annotations
+
+import math
+
+INTERVALS = 400  # of Simpson's rule; its error is far below what a gradient's noise does
+
+
+def suggest_lr(batches: int) -> float:
+    """1 / sqrt(N), the paper's learning rate (Su's alpha_0) for N independent batches in the training set.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    return 1 / math.sqrt(_positive("batches", batches))
+
+
+def weight_decay_for(lr: float, sigma: float, q: float = 1.0) -> float:
+    """lr / (2 q sigma^2): Su's weight decay as torch's AdamW reads it, for entries of the scale sigma.
+
+    AdamW takes lr * weight_decay * theta off. An Adam-like direction has entries of about 1, so that lr is
+    alpha_0 sigma and alpha_0^2 / (2 q) is lr * (lr / (2 q sigma^2)). Keep it while a schedule moves lr.
+
+    Raises:
+        ValueError: a number that is not positive.
+    """
+    return _positive("lr", lr) / (2 * _positive("q", q) * _positive("sigma", sigma) ** 2)
+
+
+def lr_for_half_life(steps: float, sigma: float, *, c_coef: float = 0.25, d_coef: float = 0.25) -> float:
+    """Amos's `lr` for which its own decay halves the learning rate after that many steps.
+
+    Args:
+        steps: of a constant lr, without warm-up. sigma: of the parameters that matter most. c_coef, d_coef: Amos's.
+
+    Raises:
+        ValueError: a number that is not positive, or so few steps that no lr up to 1 halves in them.
+    """
+    _positive("steps", steps)
+    low, high = 1e-12, 1.0
+    for name, value in (("sigma", sigma), ("d_coef", d_coef)):
+        _positive(name, value)
+    if half_life(high, sigma, c_coef, d_coef) > steps:
+        raise ValueError(f"steps={steps} is too few: with lr=1 the rate has not halved by then. Give more steps.")
+    while high / low > 1 + 1e-12:  # half_life falls as lr rises
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if half_life(middle, sigma, c_coef, d_coef) < steps else (middle, high)
+    return high
+
+
+def half_life(lr: float, sigma: float, c_coef: float = 0.25, d_coef: float = 0.25) -> float:
+    """Steps until Amos's d = 1 / (1 + d_coef sqrt(lr sigma) b) is 1/2, for gradients that keep their size.
+
+    b grows by b <- b + gamma (1 + b) with gamma = lr^2 / sqrt(1 + c_coef sqrt(lr) b), so that x = ln(1 + b) grows by
+    ln(1 + gamma) in a step: the steps are the integral of dx / ln(1 + gamma) up to the b at which d is 1/2.
+    """
+    end = math.log1p(1 / (d_coef * math.sqrt(lr * sigma)))
+
+    def steps_for(x: float) -> float:
+        gamma = lr**2 / math.sqrt(1 + c_coef * math.sqrt(lr) * math.expm1(x))
+        return 1 / math.log1p(gamma)
+
+    width = end / INTERVALS
+    inner = sum((4 if i % 2 else 2) * steps_for(i * width) for i in range(1, INTERVALS))
+    return width / 3 * (steps_for(0) + inner + steps_for(end))
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} is out of range. Give a positive number.")
+    return float(value)
