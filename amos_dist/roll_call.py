@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,16 +26,28 @@ NOBODYS_TAG = 0x616D6F73
 RESTART = "then restart all ranks from the last checkpoint."
 
 
+_hosts: list[str] = []  # of each rank, once they have been told
+
+
 class CollectiveError(RuntimeError):
     """A collective failed; the text names the ranks that are gone."""
+
+
+def introduce() -> None:
+    """Tells every rank the names of the others' hosts, which errors then give. Every rank must call this."""
+    global _hosts
+    hosts = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    _hosts = hosts if len(set(hosts)) > 1 else []
 
 
 def is_of_backend(error: BaseException) -> bool:
     """Whether a collective failed because of another rank or the network, and not because of what it was given."""
     if isinstance(error, dist.DistBackendError):
         return True
-    text = str(error)  # gloo raises plain RuntimeErrors, with the place in its sources
-    return type(error) is RuntimeError and "gloo/transport/" in text and "enforce fail" not in text
+    text = str(error)  # gloo raises plain RuntimeErrors, with the place in its sources, or after `cut_connections`:
+    gloo = "gloo/transport/" in text or text.startswith("Application timeout caused pair closure")
+    return type(error) is RuntimeError and gloo and "enforce fail" not in text
 
 
 @contextlib.contextmanager
@@ -65,16 +78,22 @@ def sentence(gone: Sequence[int] | None, consequence: str, cause: str) -> str:
         failed = f"all ranks live, but a connection between them has failed, so that {consequence} ({words})"
         return f"{failed}. Look at the network first, {RESTART}"
     several = gone is not None and len(gone) > 1
-    who = "rank 0, or the host that it ran on," if gone is None else _listed(gone)
+    first = f", {_hosts[0]}," if _hosts else ","
+    who = f"rank 0, or the host that it ran on{first}" if gone is None else listed(gone, _hosts)
     verb, logs = ("do", "their logs") if several else ("does", "its log")
     return f"{who} {verb} not answer any more, so that {consequence}. Look at {logs} first, {RESTART}"
 
 
-def _listed(ranks: Sequence[int]) -> str:
+def listed(ranks: Sequence[int], hosts: Sequence[str] = ()) -> str:
+    """ "rank 1", "ranks 2 and 3 on node1". hosts: of all ranks."""
     some = [str(rank) for rank in ranks[:8]]
+    who = f"ranks {', '.join(some[:-1])} and {some[-1]}" if len(some) > 1 else f"rank {some[0]}"
     if len(ranks) > 8:
-        return f"{len(ranks)} ranks ({', '.join(some)}, …)"
-    return f"ranks {', '.join(some[:-1])} and {some[-1]}" if len(some) > 1 else f"rank {some[0]}"
+        who = f"{len(ranks)} ranks ({', '.join(some)}, …)"
+    names = list(dict.fromkeys(hosts[rank] for rank in ranks)) if hosts else []
+    if len(names) > 8:
+        names = [*names[:8], f"{len(names) - 8} more hosts"]
+    return f"{who} on {', '.join(names)}" if names else who
 
 
 class _RollCall:
@@ -122,6 +141,7 @@ class _RollCall:
 
 
 _number = 0
+_begun: Any = None  # the process group of which a roll call was asked for
 _held: tuple[Any, list[int] | None] | None = None  # the process group, and what came of its roll call
 
 
@@ -131,19 +151,24 @@ def absent() -> list[int] | None:
     Every rank on which a collective fails must call this. A SIGTERM ends the waiting: launchers send it to all ranks
     soon after one has died.
     """
-    global _number, _held
-    group = dist.group.WORLD
+    global _number, _held, _begun
+    group = _begun = dist.group.WORLD
     if _held is not None and _held[0] is group:
         return _held[1]
     call = _RollCall(_number)
     _number += 1
     thread = threading.Thread(target=call.hold, daemon=True, name="roll call")
     with _terminating(call.hurry):
-        _cut_connections()
+        cut_connections()
         thread.start()
         thread.join(LIMIT)
     _held = group, call.gone
     return call.gone
+
+
+def begun() -> bool:
+    """Whether some thread of this process has asked who is absent."""
+    return _begun is not None and _begun is dist.group.WORLD
 
 
 @contextlib.contextmanager
@@ -159,7 +184,7 @@ def _terminating(hurry: threading.Event) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _cut_connections() -> None:
+def cut_connections() -> None:
     """Closes gloo's connections, so that a rank that waits for this one, but not for the dead one, learns of it.
 
     gloo does so where an operation takes longer than it may. This one does, since nobody sends with its tag.

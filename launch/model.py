@@ -43,7 +43,7 @@ class Linear(nn.Linear):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of features (j, j + half) of x (…, sequence, features) by its position's angle."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)  # angles may be float32
 
 
 class Attention(nn.Module):

@@ -6,9 +6,11 @@
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 os.environ |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
 import torch
 import torch.distributed as dist
-from amos_dist import roll_call
+from amos_dist import heartbeat, roll_call
 from amos_dist.bench import state_bytes
 from tqdm import tqdm
 
@@ -51,12 +53,20 @@ def arguments() -> argparse.Namespace:
     add("--eval-windows", type=int, default=512, metavar="N", help="sequences in an evaluation (%(default)s)")
     add("--save-every", type=int, default=0, metavar="STEPS", help="between checkpoints in OUT (none)")
     add("--resume", action="store_true", help="continue from the newest checkpoint in OUT")
+    add("--restart", action="store_true", help="the same from the newest whole one, if there is one; on any ranks")
+    add(
+        "--patience", type=float, default=heartbeat.PATIENCE, metavar="SECONDS", help="with a silent host (%(default)s)"
+    )
     add("--local_rank", type=int, default=-1, help="given by launchers")
     args = parser.parse_args()
     if args.steps < 1 or args.eval_every < 1 or args.eval_windows < 1 or args.save_every < 0:
         parser.error("--steps, --eval-every and --eval-windows count from 1, --save-every from 0")
-    if args.compare and args.resume:
-        parser.error("--resume continues one job. Leave --compare out; --optimizer continues the second")
+    if args.compare and (args.resume or args.restart):
+        parser.error("--resume and --restart continue one job. Leave --compare out; --optimizer continues the second")
+    if args.resume and args.restart:
+        parser.error("--restart is --resume and more. Leave one of them out")
+    if not args.patience > 0:
+        parser.error("--patience is a number of seconds above 0")
     return args
 
 
@@ -103,18 +113,24 @@ def train(
     """One job, from the first or the resumed step to the last. Every rank returns the same report."""
     name = config["optimizer"]["type"]
     torch.manual_seed(args.seed)
+    folder = args.out / "checkpoints" / name.lower()
+    found = checkpoints.newest_whole(folder) if args.restart else None
+    config = agree(lambda: found.fit(config)) if found else config
     engine = engine_of(args.engine)(GPT(SIZES[args.size]), config)
     engine.train(True)
     ranks, rank, device = dist.get_world_size(), dist.get_rank(), engine.device
 
     # What must agree for a resumed job to continue exactly.
-    folder = args.out / "checkpoints" / name.lower()
     settings = {"optimizer": name, "size": args.size, "seed": args.seed, "steps": args.steps}
     settings |= {"batch": engine.batch, "ranks": ranks, **engine.settings}
     run = report.Run(name=name, engine=args.engine, memory_of=device.type)
     done = 0
     if args.resume:
         done, progress = checkpoints.load(engine, folder, settings)
+    elif found:
+        found.load(engine, settings)
+        done, progress = found.step, found.progress
+    if done:
         run.losses, run.validation = progress["losses"], progress["validation"]
 
     times, memory = StepTimes(engine.optimizer, device), StepMemory()
@@ -141,7 +157,7 @@ def train(
         if step % args.eval_every == 0 or step == args.steps:
             run.validation.append((step, evaluate(engine, held_out, args.eval_windows)))
         if args.save_every and step % args.save_every == 0:
-            progress = {"losses": run.losses, "validation": run.validation}
+            progress = {"losses": run.losses, "validation": run.validation, "micro": engine.micro}
             checkpoints.save(engine, folder, step, settings, progress)
         bar.set_postfix_str(f"{run.progress()}, lr {engine.lr:.2g}", refresh=False)
 
@@ -155,9 +171,19 @@ def train(
     return run
 
 
-@roll_call.guard("training cannot go on")
+def complain(args: argparse.Namespace, error: Exception) -> None:
+    """Say why this rank ends, and write it down: where the network is gone, nobody sees what a rank says."""
+    rank = os.environ["RANK"]
+    sys.stderr.write(f"rank {rank}: {error}\n")  # print would write the end of the line by itself
+    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        (args.out / "errors").mkdir(parents=True, exist_ok=True)
+        (args.out / "errors" / f"rank{rank}.txt").write_text(f"{socket.gethostname()}: {error}\n")
+
+
 def work(args: argparse.Namespace) -> None:
     """All jobs, and their report; then every rank waits for the others."""
+    (args.out / "errors" / f"rank{dist.get_rank()}.txt").unlink(missing_ok=True)  # of an earlier run
     try:
         names = [args.optimizer] + ([args.compare] if args.compare else [])
         configs = agree(lambda: [configure(args.deepspeed_config, name, args.steps) for name in names])
@@ -171,7 +197,7 @@ def work(args: argparse.Namespace) -> None:
         if dist.get_rank() == 0:
             report.write(runs, args.out, f"{args.size} GPT, {args.engine}, {dist.get_world_size()} ranks")
     except AgreedError as error:
-        sys.stderr.write(f"rank {dist.get_rank()}: {error}\n")  # print would write the end of the line by itself
+        complain(args, error)
         dist.barrier()  # the launcher ends all ranks when the first is gone: let each say it
         sys.exit(1)
     dist.barrier()
@@ -181,11 +207,12 @@ def main() -> None:
     args = arguments()
     environment(args.local_rank)
     engine_of(args.engine).join()
-    rank = dist.get_rank()
+    consequence = "training cannot go on"
     try:
-        work(args)
+        with roll_call.guard(consequence), heartbeat.watch(args.patience, consequence):
+            work(args)
     except roll_call.CollectiveError as error:
-        sys.stderr.write(f"rank {rank}: {error}\n")
+        complain(args, error)
         sys.exit(1)
     dist.destroy_process_group()
 

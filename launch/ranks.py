@@ -47,6 +47,18 @@ def agree(work: Callable[[], T] | None) -> T:
     return result  # type: ignore[return-value]
 
 
+def of_first(work: Callable[[], T]) -> T:
+    """What `work` returns on the first rank, on every rank. Where it fails, every rank raises its error."""
+    box: list[T | None] = [None]
+
+    def fill() -> None:
+        box[0] = work()
+
+    agree(fill if dist.get_rank() == 0 else None)
+    dist.broadcast_object_list(box)
+    return box[0]  # type: ignore[return-value]
+
+
 def mean(value: torch.Tensor | float, device: torch.device) -> float:
     """The mean of a number over all ranks."""
     total = torch.as_tensor(value, dtype=torch.float64).to(device)

@@ -12,6 +12,15 @@ if [ "${1:-}" = --here ]; then
     here=(--here)
     shift
 fi
+
+# Tests with several hosts need these; where they cannot be had, those tests are skipped and say so. Not on a machine that
+# runs systemd: there openssh-server would open a door for good.
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ ! -d /run/systemd/system ] &&
+    ! (command -v ip && command -v sshd && command -v pdsh) >/dev/null; then
+    (apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install iproute2 openssh-server pdsh) >/dev/null 2>&1 ||
+        echo "openssh-server and pdsh could not be installed" >&2
+fi
+
 python=$(./launch/install.sh ${here[@]+"${here[@]}"} tests/requirements.txt | tail -n 1)
 export PATH="$(dirname "$python"):$PATH"
 command -v g++ nvcc || true  # what the tests of the CUDA sources have to work with
@@ -22,4 +31,4 @@ mypy
 clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*
 
 # Fast ones first
-exec python -m pytest tests/unit tests/cuda_on_cpu tests/distributed tests/integration "$@"
+exec python -m pytest tests/unit tests/cuda_on_cpu tests/distributed tests/integration tests/multinode "$@"

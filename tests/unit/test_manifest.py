@@ -217,7 +217,7 @@ def test_sigterm_ends_the_waiting_and_is_put_back(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(roll_call, "QUIET", 100.0)
     monkeypatch.setattr(roll_call, "LAST", 0.2)
     monkeypatch.setattr(roll_call, "_held", None)
-    monkeypatch.setattr(roll_call, "_cut_connections", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(roll_call, "cut_connections", lambda: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert roll_call.absent() == [0, 1, 3]
     assert signal.getsignal(signal.SIGTERM) is before
