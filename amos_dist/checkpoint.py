@@ -350,7 +350,10 @@ def take(
             group.update(built[number])
         group.update({key: built[number][key] for key in ("moments", "row_dims")})  # entries that differ say it better
         group["amos_group"] = number
-        group["measured_sigma"] = measured_in(entries, [o.name for o in originals if o.group == number])
+        names = [original.name for original in originals if original.group == number]
+        group["measured_sigma"] = measured_in(entries, names)
+        if "param_names" in group:  # by now the file's, in the file's order
+            group["param_names"] = names
 
     partitions = [tensor for group in groups for tensor in group["params"]]
     fault = ""

@@ -14,27 +14,35 @@ from .sharding import Layout, Original
 from .state import State, kept_dims, refuse_foreign, refuse_shapes
 
 
-def in_own_terms(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The same with the numbers of this optimizer's groups, and measured sigmas in the order of its named parameters.
+def in_own_terms(
+    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], originals: Sequence[Original]
+) -> dict[str, Any]:
+    """The same with the numbers of this optimizer's groups, and measured sigmas in the order of its parameters.
 
     torch.distributed.checkpoint finds a parameter's state by its name, but hands over groups as they were saved.
     """
     saved = state_dict.get("param_groups", [])
     if len(saved) != len(groups) or not all("measured_sigma" in each for each in saved):
         return state_dict
-    own = [
-        {**each, "amos_group": group["amos_group"], "measured_sigma": _in_order(each, group.get("param_names", ()))}
-        for each, group in zip(saved, groups, strict=True)
-    ]
+    own = []
+    for each, group in zip(saved, groups, strict=True):
+        number = group["amos_group"]
+        names = [original.name for original in originals if original.group == number]
+        own.append({**each, "amos_group": number, **_in_order(each, names)})
     return {**state_dict, "param_groups": own}
 
 
-def _in_order(saved: dict[str, Any], names: Sequence[str]) -> list[float | None]:
-    measured, there = list(saved["measured_sigma"]), saved.get("param_names", ())
-    if not names or len(there) != len(measured) or not set(names) <= set(there):
-        return measured
+def _in_order(saved: dict[str, Any], names: list[str]) -> dict[str, list[Any]]:
+    """What a saved group has of each parameter, in the order of `names`; nothing where it does not name them all.
+
+    Args:
+        names: with which the optimizer was built. Those in its groups may be of a file that was loaded before.
+    """
+    measured, there = saved["measured_sigma"], list(saved.get("param_names", ()))
+    if names == there or len(there) != len(measured) or not set(names) <= set(there):
+        return {}
     by_name = dict(zip(there, measured, strict=True))
-    return [by_name[name] for name in names]
+    return {"param_names": names, "measured_sigma": [by_name[name] for name in names]}
 
 
 def refuse_damaged(state_dict: dict[str, Any]) -> None:

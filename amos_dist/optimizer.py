@@ -403,7 +403,7 @@ class Amos(Optimizer):
         def refuse(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             refuse_damaged(given)
             refuse_other_model(given, self._originals)
-            final = in_own_terms(checkpoint.own_part(given), self.param_groups)
+            final = in_own_terms(checkpoint.own_part(given), self.param_groups, self._originals)
             refuse_state_dict(final, self.param_groups, self._originals, self._kinds, self._setting)
             for saved in final["param_groups"]:
                 refuse_other_views({**settings.DEFAULTS, **saved}, self._built)

@@ -71,9 +71,11 @@ def refuse_foreign(state: State, name: str) -> None:
             "(DeepSpeed: load_optimizer_states=False)."
         )
     for key, value in state.items():
-        if not isinstance(value, Tensor) and key != "step":
+        if key != "step" and not (isinstance(value, Tensor) and value.is_floating_point()):
+            what = f"of {value.dtype}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(
-                f"the state {key!r} of {name!r} is no tensor but {value!r}. Load what Amos.state_dict() returned."
+                f"the state {key!r} of {name!r} is no tensor of floats but {what:.80}. "
+                "Load what Amos.state_dict() returned."
             )
     step = state["step"].item() if isinstance(state["step"], Tensor) and state["step"].numel() == 1 else state["step"]
     if isinstance(step, bool) or not isinstance(step, (int, float)) or not 0 <= step < 2**53:

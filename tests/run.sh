@@ -31,4 +31,4 @@ mypy
 clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*
 
 # Fast ones first
-exec python -m pytest tests/unit tests/cuda_on_cpu tests/distributed tests/integration tests/multinode "$@"
+exec python -m pytest tests/unit tests/cuda_on_cpu tests/distributed tests/integration tests/multinode tests/fuzz "$@"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from amos_dist import Amos
 from amos_dist.reference import _measured, amos_step
+from amos_dist.state import compute_dtype
 from amos_dist.tables import seed_of_parameter
 
 from ..conftest import TOLERANCES, Tolerance
@@ -77,16 +78,23 @@ class Oracle:
     def step(self, optimizer: Amos) -> None:
         """The step that the optimizer is about to take, or has taken; it must still have its gradients."""
         some = list(members(optimizer))
+        if any(param.grad is not None for param, _, _ in some):
+            self._round_momentum(some)
         if self._is_trial(some) or self._is_skipped(some):
             return
         for number, (param, name, group) in enumerate(some):
             if param.grad is None:
                 continue
             copy, state = self.params[number], self.states[number]
-            if "master" in state:  # weights that somebody has written to reach the master
-                master = state["master"]
-                state["master"] = torch.where(master.to(copy.dtype) == copy, master, copy.float())
+            follow_weights(state, copy)
             amos_step(copy, param.grad, state, **self.settings(number, name, group))
+
+    def _round_momentum(self, some: list[tuple[Tensor, str, dict[str, Any]]]) -> None:
+        """Another momentum_dtype is taken at the next call, of all parameters; also where no step follows."""
+        for number, (param, name, group) in enumerate(some):
+            state, given = self.states[number], self.settings(number, name, group)
+            if given["momentum"] and "momentum" in state:
+                state["momentum"] = state["momentum"].to(given["momentum_dtype"] or compute_dtype(param))
 
     def _is_trial(self, some: list[tuple[Tensor, str, dict[str, Any]]]) -> bool:
         """The first step, with lr=0 and gradients of zero, is none."""
@@ -124,8 +132,10 @@ class Oracle:
                 table = TOLERANCES[param.dtype]
                 # Several steps; and sums of float32 over many rows, one after another.
                 tall = 5 + param.numel() / 500
-                # A step that is skipped may have made state.
+                # A step that is skipped may have made state, and taken weights that were written into the master.
                 state = {k: v for k, v in state.items() if k in expected or (k != "master" and bool(v.any()))}
+                follow_weights(state, param.detach())
+                follow_weights(expected, copy)
                 tolerance = Tolerance(table.param * (1 if param.dtype in LOW else tall), table.state * tall)
                 assert_same(param, state, copy, expected, where=here, tolerance=tolerance)
                 if param.dtype in LOW:
@@ -133,6 +143,13 @@ class Oracle:
                 if param.dtype in LOW or expected.get("momentum", copy).dtype in LOW:
                     copy.copy_(param.detach())
                     expected.update({key: value.clone() for key, value in state.items() if key != "step"})
+
+
+def follow_weights(state: dict[str, Any], param: Tensor) -> None:
+    """Weights that somebody has written reach the master, if there is one."""
+    if "master" in state:
+        master = state["master"]
+        state["master"] = torch.where(master.to(param.dtype) == param, master, param.float())
 
 
 def beyond_neighbours(param: Tensor, expected: Tensor, slack: float) -> int:

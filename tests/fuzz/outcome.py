@@ -24,7 +24,8 @@ def undeclared(error: BaseException) -> str:
     # torch.optim.Optimizer refuses some parameter groups in its own words, and Python calls without an argument.
     if frames[-1].filename.endswith("torch/optim/optimizer.py"):
         return ""
-    if isinstance(error, TypeError) and re.search(r"(missing 1 required positional|multiple values for) ", str(error)):
+    python = r"Amos\.__init__\(\) missing 1 required positional |multiple values for "
+    if isinstance(error, TypeError) and re.search(python, str(error)):
         return ""
     if not TWO_SENTENCES.search(str(error)):
         return f"no two sentences: {type(error).__name__}: {error}"

@@ -11,7 +11,7 @@ from tests.distributed.harness import run_ranks
 from .profiles import LONG
 
 WORKER = Path(__file__).with_name("placements_worker.py")
-CASES = 3000 if LONG else 60
+CASES = 3000 if LONG else 40
 
 
 @pytest.mark.timeout(3000 if LONG else 300)

@@ -34,7 +34,7 @@ def first_rule(rules: Any, name: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key != "match"}
 
 
-@examples(1500)
+@examples(600)
 @given(randoms())
 def test_json(draw: Random) -> None:
     """DeepSpeed calls Amos(parameters, **params)."""
@@ -57,7 +57,7 @@ def steps_or_says(draw: Random, optimizer: Amos, rules: Any = lambda name: {}) -
     )
 
 
-@examples(600)
+@examples(200)
 @given(randoms())
 def test_a_group_with_something_odd(draw: Random) -> None:
     """add_param_group: the group is in, and steps, or nothing has changed and the others go on."""
@@ -100,7 +100,7 @@ def odd_group(draw: Random, optimizer: Amos) -> Any:
     return found
 
 
-@examples(600)
+@examples(150)
 @given(randoms())
 def test_a_keyword_is_changed_between_steps(draw: Random) -> None:
     """Schedulers and users write into groups: the next step takes it, or says what is wrong and changes nothing."""

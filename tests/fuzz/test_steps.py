@@ -14,7 +14,7 @@ from .oracle import Oracle
 from .profiles import examples, randoms
 
 
-@examples(500)
+@examples(300)
 @given(randoms())
 def test_steps_are_those_of_the_reference(draw: Random) -> None:
     groups = [group(draw, number) for number in range(draw.randint(1, 3))]
@@ -34,7 +34,7 @@ def random_rule(draw: Random, names: list[str], dims: int) -> dict[str, Any]:
     return {"match": match, **kept}
 
 
-@examples(200)
+@examples(100)
 @given(randoms())
 def test_rules(draw: Random) -> None:
     """The first rule that matches a name wins, keyword by keyword over the group's."""
