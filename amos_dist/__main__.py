@@ -1,4 +1,4 @@
-"""python -m amos_dist info: what was built, and if something is missing, why. bench: what a step costs.
+"""python -m amos_dist info: what was built here or on other hosts, and what is missing. bench: what a step costs.
 
 convert: a checkpoint of one framework as another's. verify: whether a sealed one is whole. rules: sigma by parameter.
 plan: what a step holds and sends on thousands of ranks.
@@ -20,7 +20,7 @@ import torch
 from . import bench as measuring
 from . import bench_cases as cases
 from . import bench_report as report
-from . import convert, manifest, scaling
+from . import convert, hosts, manifest, scaling, versions
 from .ops import build_info
 from .rules import table as rules_table
 
@@ -28,7 +28,7 @@ from .rules import table as rules_table
 def info(as_json: bool) -> None:
     facts = build_info()
     if as_json:
-        print(json.dumps(facts, indent=1))
+        print(json.dumps(versions.facts(), indent=1))
         return
     archs = ", ".join(facts["cuda_archs"]) or f"none: {facts['cuda_reason']}"
     print(f"amos_dist {facts['version']}, Python {platform.python_version()}, torch {facts['torch']}")
@@ -100,6 +100,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     shown = commands.add_parser("info", help="what was built, and if something is missing, why")
     shown.add_argument("--json", action="store_true", help="for programs")
+    hosts.add_arguments(shown)
     timed = commands.add_parser("bench", help="CPU or GPU time of one step, beside other optimizers")
     add = timed.add_argument
     add("--device", help="cpu or cuda; default: cuda if there is one")
@@ -117,10 +118,12 @@ def main() -> int:
     rules_table.add_arguments(commands.add_parser("rules", help="sigma and moments of a model's parameters, and why"))
     scaling.add_arguments(commands.add_parser("plan", help="what a step holds and sends on thousands of ranks"))
     arguments = parser.parse_args()
-    if arguments.command == "info":
+    if arguments.command == "info" and not arguments.hostfile:
         info(arguments.json)
         return 0
     try:
+        if arguments.command == "info":
+            return hosts.command(arguments)
         if arguments.command == "convert":
             for warning in convert.command(arguments):
                 print(f"warning: {warning}", file=sys.stderr)

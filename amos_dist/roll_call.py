@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -96,6 +96,16 @@ def listed(ranks: Sequence[int], hosts: Sequence[str] = ()) -> str:
     return f"{who} on {', '.join(names)}" if names else who
 
 
+def unsigned(store: Any, signature: Callable[[int], str], ranks: Sequence[int]) -> list[int]:
+    """Which of `ranks` have not signed in the store. By halves, because they are thousands, and most have."""
+    if store.check([signature(rank) for rank in ranks]):
+        return []
+    half = len(ranks) // 2
+    if not half:
+        return list(ranks)
+    return unsigned(store, signature, ranks[:half]) + unsigned(store, signature, ranks[half:])
+
+
 class _RollCall:
     """One roll call, in a thread of its own: a call to a store without a host can take for ever.
 
@@ -115,7 +125,7 @@ class _RollCall:
         try:
             self.store.set(self._signature(self.rank), "1")
             self._await("here", self.ranks, QUIET)
-            self.gone = self._unsigned(range(self.ranks))
+            self.gone = unsigned(self.store, self._signature, range(self.ranks))
             self._await("heard", self.ranks - len(self.gone), LAST if self.rank == 0 else 0.0)
         except RuntimeError:  # the store is gone
             pass
@@ -131,13 +141,6 @@ class _RollCall:
             now = self.store.add(f"{self.place}/{word}", 0)
             if now > said:
                 said, last = now, time.monotonic()
-
-    def _unsigned(self, ranks: Sequence[int]) -> list[int]:
-        """Which of `ranks` have not signed. By halves, because they are thousands, and most have."""
-        if self.store.check([self._signature(rank) for rank in ranks]):
-            return []
-        half = len(ranks) // 2
-        return self._unsigned(ranks[:half]) + self._unsigned(ranks[half:]) if half else list(ranks)
 
 
 _number = 0

@@ -13,7 +13,7 @@ if [ "${1:-}" = --dry-run ]; then
     dry=1
     shift
 fi
-job+=("$@")
+job+=(--hostfile "$hostfile" "$@")
 cd "$root"
 
 # hosts: their names, in order. A line that is none is an error.

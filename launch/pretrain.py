@@ -30,7 +30,7 @@ import report
 from engines import MODULES, Engine, engine_of
 from measure import StepMemory, StepTimes
 from model import GPT, SIZES
-from ranks import AgreedError, agree, environment, largest, mean
+from ranks import AgreedError, agree, environment, largest, look_at_hosts, mean
 
 HERE = Path(__file__).resolve().parent
 WARM_UP = 0.05  # share of the steps
@@ -57,6 +57,8 @@ def arguments() -> argparse.Namespace:
     add(
         "--patience", type=float, default=heartbeat.PATIENCE, metavar="SECONDS", help="with a silent host (%(default)s)"
     )
+    add("--preflight", type=float, default=45, metavar="SECONDS", help="to wait for all ranks at first (%(default)s)")
+    add("--hostfile", type=Path, help="the launcher's, so that a host that does not answer is named")
     add("--local_rank", type=int, default=-1, help="given by launchers")
     args = parser.parse_args()
     if args.steps < 1 or args.eval_every < 1 or args.eval_windows < 1 or args.save_every < 0:
@@ -206,7 +208,12 @@ def work(args: argparse.Namespace) -> None:
 def main() -> None:
     args = arguments()
     environment(args.local_rank)
+    known = "RANK" in os.environ  # else MPI says who they are, once they have joined
+    if known:
+        look_at_hosts(args.preflight, args.hostfile)
     engine_of(args.engine).join()
+    if not known:
+        look_at_hosts(args.preflight, args.hostfile)
     consequence = "training cannot go on"
     try:
         with roll_call.guard(consequence), heartbeat.watch(args.patience, consequence):

@@ -2,11 +2,14 @@
 
 import os
 import socket
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from amos_dist import hosts, preflight
 
 T = TypeVar("T")
 
@@ -27,6 +30,22 @@ def environment(local_rank: int) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if "LOCAL_RANK" not in os.environ and local_rank >= 0:
         os.environ["LOCAL_RANK"] = str(local_rank)
+
+
+def look_at_hosts(timeout: float, hostfile: Path | None) -> None:
+    """Ends every rank where one differs or does not answer; every rank says why, and which, and on which host.
+
+    Args:
+        hostfile: the launcher's, at least on the host that it was started on.
+    """
+    rank, ranks = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        report = preflight.check(timeout, hosts.of_ranks(hostfile, ranks) if hostfile and hostfile.exists() else ())
+    except (RuntimeError, ValueError) as error:
+        sys.stderr.write(f"rank {rank}: {error}\n")
+        sys.exit(1)
+    if rank == "0":
+        print(f"preflight: {report.summary}", flush=True)
 
 
 def agree(work: Callable[[], T] | None) -> T:

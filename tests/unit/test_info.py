@@ -46,7 +46,7 @@ def test_cpu_kernels_take_what_the_cpu_has() -> None:
 
 def test_info_for_programs_and_people() -> None:
     done = run("-m", "amos_dist", "info", "--json")
-    assert done.returncode == 0 and json.loads(done.stdout) == build_info()
+    assert done.returncode == 0 and json.loads(done.stdout).items() >= build_info().items()
 
 
 def test_info_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
