@@ -93,7 +93,7 @@ class Travel:
     Behind them the columns of which each rank of a group keeps a share, and these shares.
 
     Attributes:
-        places: where each entry begins.
+        size: of both together. places: where each entry begins.
         ranges: what each process group adds up, in the order in which all ranks do.
         shared: by process group: the parameters of whose columns each rank keeps a share.
 
@@ -119,7 +119,7 @@ class Travel:
             for group in groups:
                 found[group].append((begin, space.used))
         self.ranges = {group: joined(some) for group, some in found.items()}
-        self._size = space.used
+        self._entries_end = space.used
         self.shared: dict[Any, list[Cut]] = {}
         for layout in layouts:
             for cut in layout.cuts:
@@ -130,7 +130,7 @@ class Travel:
                 self.places[COLUMNS, cut.key, 0] = space.take(cut.sharers * cut.share)
             for cut in cuts:  # one after another: they are received at once
                 self.places[SHARE, cut.key, 0] = space.take(cut.share)
-        self._end = space.used
+        self.size = space.used
         self._kinds = kinds
         self._start = torch.empty(0)
 
@@ -150,13 +150,13 @@ class Travel:
 
     def begin(self, work: Tensor, absent: list[int]) -> None:
         """Zeros, and this rank's flags; absent: those of parameters without a gradient."""
-        if not self._end:
+        if not self.size:
             return
-        if self._start.numel() != self._size:
-            self._start = work.new_zeros(self._size)
+        if self._start.numel() != self._entries_end:
+            self._start = work.new_zeros(self._entries_end)
             self._start[[place for name, place in self.places.items() if name[0] == FLAG]] = 1
-        work[0, : self._size] = self._start
-        work[0, self._size : self._end] = 0
+        work[0, : self._entries_end] = self._start
+        work[0, self._entries_end : self.size] = 0
         if absent:
             work[0, absent] = 0
 

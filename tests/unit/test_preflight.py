@@ -172,8 +172,8 @@ def test_the_hash_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(versions, "__file__", str(copy / "versions.py"))
     assert versions._sources() == here
     changes: list[Callable[[], object]] = [
-        lambda: (copy / "rules.py").write_text((copy / "rules.py").read_text() + "\n"),
-        lambda: (copy / "rules.py").rename(copy / "zz.py"),
+        lambda: (copy / "decay.py").write_text((copy / "decay.py").read_text() + "\n"),
+        lambda: (copy / "decay.py").rename(copy / "zz.py"),
         lambda: (copy / "zz.py").rename(copy / "zz" / "zz.py"),  # still the last
     ]
     seen = {here}

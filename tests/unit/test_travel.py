@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from amos_dist.sharding import Layout, Tile, reduce
+from amos_dist.sharding import Cut, Layout, Tile, reduce
 from amos_dist.sharding.reduce import Reduction, joined, neighbours
-from amos_dist.travel import Space, Travel
+from amos_dist.travel import COLUMNS, SHARE, Space, Travel
 
 A, B, C, D = 2, 3, 5, 7  # process groups: adding up over one multiplies by its number
 SECTIONS = {
@@ -88,6 +88,17 @@ def test_a_step_begins_with_zeros_and_flags() -> None:
     expected[first] = 1
     assert torch.equal(work[0], expected)
     assert bool((work[1:] == 7).all())
+
+
+def test_shared_columns_begin_with_zeros() -> None:
+    layout = Layout([], ("ranks",), ("ranks",), [Cut(0, 3, 5, (8,), sharers=2)])
+    travel = Travel([layout], {0: "factored"}, Space())
+    work = torch.full((3, travel.size), 7.0)
+    travel.begin(work, [])
+    assert not work[0].any()
+    whole, mine = travel.places[COLUMNS, 0, 0], travel.places[SHARE, 0, 0]
+    assert (mine - whole, travel.size - mine) == (6, 3)  # for two ranks three columns each
+    assert travel.numbers_of("ranks") == 3 + 6  # the cut row, two for the mean, the columns
 
 
 def test_a_tile_is_one_block_or_none() -> None:
