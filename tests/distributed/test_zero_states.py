@@ -24,6 +24,8 @@ MODELS = [
     *(case("model", stage, "moved", to="moved") for stage in (1, 3)),
     *(case("model", 1, to, "fp32 accumulation", to=to, **ACCUMULATING) for to in ("gained", "moved")),
     *(case("model", stage, "renamed", to="renamed") for stage in (1, 3)),
+    case("model", 3, "gained", "universal", to="gained", universal=True),  # at 1 and 2 only on ranks that hold it
+    case("model", 1, "lost", "universal", to="lost", universal=True),
 ]
 SENTENCES = {
     "gained": "the checkpoint has no state for parameter 'extra.weight'. Load it into the model",
@@ -67,7 +69,10 @@ def test_another_model(wanted: dict[str, Any]) -> None:
     """Loaded on the same number of ranks, where DeepSpeed goes by the places in its partitions."""
     for rank in results():
         got = rank[wanted["name"]]
-        if wanted["to"] == "renamed":
+        if wanted.get("universal"):  # DeepSpeed looks each parameter up by name
+            named = "FileNotFoundError" in got["text"] and "extra.weight" in got["text"]
+            assert named if wanted["to"] == "gained" else not got["text"]
+        elif wanted["to"] == "renamed":
             assert got == {**got, "text": "", "same": True}
         elif wanted["stage"] == 0:
             assert "parameters, the optimizer's has" in got["text"]

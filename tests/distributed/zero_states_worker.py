@@ -27,6 +27,7 @@ from deepspeed.utils import (
 from torch import nn
 
 from amos_dist.checkpoint import full_state
+from amos_dist.convert import convert
 from tests.distributed.harness import serve
 from tests.distributed.model import Model, batch
 from tests.distributed.zero_checkpoint_worker import base, different
@@ -77,15 +78,23 @@ def model(case: dict[str, Any]) -> dict[str, Any]:
     engine = engine_for(case, 24)
     train_steps(engine, case, range(2))
     engine.save_checkpoint(folder, "two")
+    if case.get("universal"):
+        if dist.get_rank() == 0:
+            convert(folder, f"{folder}/converted", "zero", tag="two")
+        dist.barrier()
     torch.manual_seed(1)
-    other = engine_for(case, 24, MODELS[case["to"]]().to(DTYPES[case["dtype"]]))
+    config = {"checkpoint": {"load_universal": case.get("universal", False)}}
+    other = engine_for({**case, "config": config}, 24, MODELS[case["to"]]().to(DTYPES[case["dtype"]]))
     text, same = "", False
     try:
-        if case["to"] == "renamed":
+        if case.get("universal"):
+            other.load_checkpoint(f"{folder}/converted", "universal", load_module_strict=False)
+            train_steps(other, case, range(2, 3))
+        elif case["to"] == "renamed":
             other.load_checkpoint(folder, "two", custom_load_fn=load_renamed)
         else:
             other.load_checkpoint(folder, "two", load_module_strict=False)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         text = f"{type(error).__name__}: {error}"
     else:
         train_steps(engine, case, range(2, 4))
