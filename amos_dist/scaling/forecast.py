@@ -12,12 +12,12 @@ from ..models import Parameter
 from ..originals import describe
 from ..settings import DEFAULTS
 from ..sharding import Original
-from ..state import has_columns, has_rows, state_sizes
+from ..state import has_rows, state_sizes
 from .layout import Flat, entries_of_all, partitions
-from .links import sent_by_all_reduce, sent_by_reduce_scatter
+from .links import sent_by_all_reduce, sent_by_half_ring
 
 NUMBER = 4  # bytes of a float32: sums, moments, decay, `step`; ZeRO's partitions are float32 whatever the model is
-PLANES = 3  # of a workspace: travel.Space; of what travels there is one more, with which a step begins: Travel.begin
+PLANES = 3  # of a workspace: travel.Space
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class RankForecast:
 
     Attributes:
         elements: of its partitions, padding included. pieces: the parts of parameters that they hold.
-        state: bytes by key. workspace: bytes of what travels and of the sums of the same parameters' other rows, which
-            stay from step to step.
+        state: bytes by key.
+        workspace: bytes that stay from step to step: of what travels, with the buffer that columns in shares travel
+            in, and of the sums of the same parameters' other rows.
         shared_rows: rows of which other ranks have a part too.
         begins, ends: the first and the last element that it has: the parameter's name and the place in it.
     """
@@ -71,8 +72,10 @@ class Forecast:
         most: the rank that holds the most state. state_of_all: of all ranks together.
         adam: state of a rank with Adam: two float32 numbers for each element of its partition.
         all_reduces: what each of a step's all-reduces adds up, in order: DeepSpeed calls step() for each partition.
-        cut_rows: rows that lie on more than one rank. columns: sums of columns of cut parameters.
-        sent: by each rank in all of these, on a ring. sent_by_holders: on average, if only the ranks that hold a part
+        exchanges: of the columns of which each rank keeps a share, in the same order: what a reduce-scatter adds up,
+            and what an all-gather brings back.
+        cut_rows, cut_columns: those that lie on more than one rank.
+        sent: by each rank in all of these, on rings. sent_by_holders: on average, if only the ranks that hold a part
             of a row or of a parameter added it up.
         gradients: that a reduce-scatter adds up. sent_of_gradients: by each rank.
     """
@@ -85,8 +88,9 @@ class Forecast:
     state_of_all: int
     adam: int
     all_reduces: list[int]
+    exchanges: list[tuple[int, int]]
     cut_rows: int
-    columns: int
+    cut_columns: int
     sent: float
     sent_by_holders: float
     gradients: int
@@ -120,8 +124,10 @@ class Model:
 def forecast(model: Model, setting: Setting) -> Forecast:
     """What `setting` comes to on all ranks."""
     flats = model.partitions(setting)
-    numbers = [flat.numbers() for flat in flats]
-    all_reduces = [NUMBER * (rows + columns) for rows, columns in numbers if rows + columns]
+    sums = [flat.sums for flat in flats]
+    all_reduces = [NUMBER * each.added_up for each in sums if each.added_up]
+    exchanges = [(NUMBER * flat.sums.exchanged, NUMBER * flat.gathered) for flat in flats if flat.gathered]
+    sent = sent_by_all_reduce(sum(all_reduces), setting.ranks)
     entries = entries_of_all(flats, setting.ranks)
     each = torch.stack(list(entries.values())).sum(0)
     alike = sum(_alike(flats, setting.momentum).values())
@@ -136,37 +142,33 @@ def forecast(model: Model, setting: Setting) -> Forecast:
         NUMBER * int(each.sum()) + setting.ranks * alike,
         sum(2 * NUMBER * flat.numel + NUMBER for flat in flats),
         all_reduces,
-        sum(rows for rows, _ in numbers),
-        sum(columns for _, columns in numbers),
-        sent_by_all_reduce(sum(all_reduces), setting.ranks),
-        2 * NUMBER * sum(map(_between_holders, flats)) / setting.ranks,
+        exchanges,
+        sum(each.rows for each in sums),
+        sum(spread.cut_columns for flat in flats for spread in flat.spreads),
+        sent + sent_by_half_ring(sum(map(sum, exchanges)), setting.ranks),
+        NUMBER * sum(map(_between_holders, flats)) / setting.ranks,
         gradients,
-        sent_by_reduce_scatter(gradients, setting.ranks),
+        sent_by_half_ring(gradients, setting.ranks),
     )
 
 
 def forecast_of_rank(model: Model, setting: Setting, rank: int) -> RankForecast:
     """What one rank has; without a look at the others."""
     flats = model.partitions(setting)
-    pieces = [(flat, piece) for flat in flats for piece in flat.pieces(rank)]
-    entries = state_sizes([piece for _, piece in pieces], model.kinds)
-    travelling = sum(rows + columns for rows, columns in (flat.numbers() for flat in flats))
-    here = shared_rows = 0
-    for flat, piece in pieces:
-        spread, blocks = flat.spreads[piece.key - flat.keys.start], piece.blocks()
-        kind = model.kinds[piece.key]
-        partial = sum(block.cols < piece.cols for block in blocks)
-        shared_rows += partial if has_rows(kind) else 0
-        if spread.borders and has_columns(kind) and has_rows(kind):
-            here += sum(block.rows for block in blocks if block.cols == piece.cols)
+    pieces = [piece for flat in flats for piece in flat.pieces(rank)]
+    entries = state_sizes(list(pieces), model.kinds)
+    shared_rows = 0
+    for piece in pieces:
+        partial = sum(block.cols < piece.cols for block in piece.blocks())
+        shared_rows += partial if has_rows(model.kinds[piece.key]) else 0
     names = [original.name for original in model.originals]
-    first, last = (pieces[0][1], pieces[-1][1]) if pieces else (None, None)
+    first, last = (pieces[0], pieces[-1]) if pieces else (None, None)
     return RankForecast(
         rank,
         sum(flat.numel for flat in flats),
         len(pieces),
         {key: NUMBER * count for key, count in entries.items()} | _alike(flats, setting.momentum),
-        NUMBER * (PLANES * (travelling + here) + travelling),
+        NUMBER * sum(_workspace(flat, rank) for flat in flats),
         shared_rows,
         (names[first.key], first.start) if first else None,
         (names[last.key], last.start + last.length - 1) if last else None,
@@ -179,12 +181,28 @@ def _alike(flats: Sequence[Flat], momentum: torch.dtype | None) -> dict[str, int
     return {"momentum": size * sum(flat.numel for flat in flats), "step": NUMBER * len(flats)}
 
 
+def _workspace(flat: Flat, rank: int) -> int:
+    """How many numbers: places in planes (plan._Bucket, travel.Travel), what a step begins with, and a buffer."""
+    sums = flat.sums
+    without_row = sum(spread.sums.means > 0 for spread in flat.spreads)  # travel.NO_ROW
+    mine = sum(spread.shares.share for spread in flat.spreads if spread.shares and spread.cut_columns)  # travel.SHARE
+    whole_rows = 0  # of parameters whose columns are cut
+    for piece in flat.pieces(rank):
+        spread = flat.spreads[piece.key - flat.keys.start]
+        if spread.cut_columns and has_rows(spread.kind):
+            whole_rows += sum(block.rows for block in piece.blocks() if block.cols == piece.cols)
+    begin = sums.added_up + without_row
+    return PLANES * (begin + sums.exchanged + mine + whole_rows) + begin + flat.gathered
+
+
 def _between_holders(flat: Flat) -> int:
-    """How many numbers go from a holder of a row, or of a parameter's columns, to the next one of it."""
+    """How many numbers go from a holder of a row, or of a parameter's columns, to the next one of it, and back."""
     total = 0
     for spread in flat.spreads:
-        total += spread.borders_inside_rows if has_rows(spread.kind) else 0
-        total += spread.cols * len(spread.borders) if has_columns(spread.kind) else 0
+        total += 2 * spread.borders_inside_rows if has_rows(spread.kind) else 0
+        if spread.cut_columns:
+            back = spread.planes if spread.shares else 1
+            total += ((1 + back) * spread.cols + 2 * spread.sums.means) * len(spread.borders)
     return total
 
 

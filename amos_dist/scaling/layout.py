@@ -17,15 +17,35 @@ import torch
 from torch import Tensor
 
 from ..sharding import Original, Piece
+from ..sharding.layout import Cut
 from ..state import has_columns, has_rows
 
 STATE = ("row_moment", "column_moment", "decay")  # as state.state_sizes has them
 
 
+class Sums(NamedTuple):
+    """How many numbers ranks add up, of a parameter or of a partition.
+
+    Attributes:
+        rows, columns: sums of them in the all-reduce. means: what is there for means of columns in shares.
+        exchanged: columns in shares: they go to the ranks that keep them, and come back. With zeros, as all are alike.
+    """
+
+    rows: int
+    columns: int
+    means: int
+    exchanged: int
+
+    @property
+    def added_up(self) -> int:
+        """In the one all-reduce."""
+        return self.rows + self.columns + self.means
+
+
 class Spread(NamedTuple):
     """An R x C parameter over ranks: `owner` has its first `first` elements, each rank after it the next `share`.
 
-    The last one has what is left. `kind`: the moments that the parameter really has.
+    The last one has what is left. `kind`: the moments that the parameter really has. `sharers`: as Cut has them.
     """
 
     rows: int
@@ -34,6 +54,7 @@ class Spread(NamedTuple):
     owner: int
     first: int
     share: int
+    sharers: int = 0
 
     @property
     def numel(self) -> int:
@@ -76,10 +97,28 @@ class Spread(NamedTuple):
         return self.borders_inside_rows  # each is in a row of its own
 
     @property
-    def numbers(self) -> tuple[int, int]:
-        """How many sums of rows and of columns ranks add up: what travel.entries asks for."""
+    def cut_columns(self) -> int:
+        """How many columns lie on more than one rank: all of them, or none."""
+        return self.cols if has_columns(self.kind) and self.borders else 0
+
+    @property
+    def shares(self) -> Cut | None:
+        """What says which rank keeps which columns (its borders are not told); None: each has those that it touches."""
+        return Cut(0, self.rows, self.cols, (), self.sharers) if self.sharers and self.borders else None
+
+    @property
+    def planes(self) -> int:
+        """In how many planes of the workspace its columns come back: travel.Travel.shares."""
+        return 2 if self.kind == "column" else 1
+
+    @property
+    def sums(self) -> Sums:
+        """What travel.Travel takes for it."""
         rows = self.cut_rows if has_rows(self.kind) else 0
-        return rows, self.cols if has_columns(self.kind) and self.borders else 0
+        if self.shares is None or not self.cut_columns:
+            return Sums(rows, self.cut_columns, 0, 0)
+        means = 2 if self.kind == "factored" else 0
+        return Sums(rows, 0, means, self.sharers * self.shares.share)
 
 
 @dataclass(frozen=True)
@@ -98,19 +137,28 @@ class Flat:
     padded_each: bool
 
     def pieces(self, rank: int) -> list[Piece]:
-        """What one rank holds."""
+        """What one rank holds.
+
+        A rank with a share of the columns has elements too: from r ceil(C / n) < C follows r ceil(R C / n) < R C.
+        """
         result, offset = [], 0
         for key, spread in zip(self.keys, self.spreads, strict=True):
             start, length = spread.held(rank)
             if length:
-                result.append(Piece(key, spread.rows, spread.cols, start, length, offset))
+                share = spread.shares.share_of(rank) if spread.shares else None
+                result.append(Piece(key, spread.rows, spread.cols, start, length, offset, share))
             offset += spread.share if self.padded_each else length
         return result
 
-    def numbers(self) -> tuple[int, int]:
-        """Sums of rows and of columns in the one all-reduce."""
-        each = [spread.numbers for spread in self.spreads]
-        return sum(rows for rows, _ in each), sum(columns for _, columns in each)
+    @property
+    def sums(self) -> Sums:
+        """What ranks add up in one call of step()."""
+        return Sums(*map(sum, zip(*(spread.sums for spread in self.spreads), strict=True)))
+
+    @property
+    def gathered(self) -> int:
+        """How many numbers come back of the columns in shares."""
+        return self.sums.exchanged * max(spread.planes for spread in self.spreads)
 
 
 def partitions(
@@ -140,14 +188,17 @@ def _stage12(group: Sequence[Original], kinds: dict[int, str], ranks: int, most:
 
 
 def _stage3(group: Sequence[Original], kinds: dict[int, str], ranks: int, most: int) -> Iterator[Flat]:
-    """Each parameter is padded and cut into equal parts; sub-groups of at least `most` elements on each rank."""
+    """Each parameter is padded and cut into equal parts; sub-groups of at least `most` elements on each rank.
+
+    Of the columns of those that are cut each rank keeps a share.
+    """
     shares = [-(-each.numel // ranks) for each in group]
     begin = held = 0
     for end, share in enumerate(shares, 1):
         held += share
         if end == len(group) or held >= most:
             some = zip(group[begin:end], shares[begin:end], strict=True)
-            spreads = [Spread(each.rows, each.cols, kinds[each.key], 0, n, n) for each, n in some]
+            spreads = [Spread(each.rows, each.cols, kinds[each.key], 0, n, n, ranks) for each, n in some]
             yield Flat(range(group[begin].key, group[end - 1].key + 1), spreads, held, padded_each=True)
             begin, held = end, 0
 
@@ -166,7 +217,13 @@ def entries_of_all(flats: Sequence[Flat], ranks: int) -> dict[str, Tensor]:
             starts = torch.cat([ends.new_zeros(1), ends[:-1]])
             rows[holders] += times * ((ends + spread.cols - 1) // spread.cols - starts // spread.cols)
         if has_columns(spread.kind):
-            columns[holders] += times * spread.cols
+            if spread.shares is None:
+                mine = torch.zeros(ranks, dtype=torch.int64)
+                mine[holders] = spread.cols
+            else:
+                share = spread.shares.share
+                mine = (spread.cols - share * torch.arange(ranks)).clamp_(0, share)
+            columns += times * mine
             if not has_rows(spread.kind):
-                alone[holders] += times * spread.cols
+                alone += times * mine
     return dict(zip(STATE, (rows, columns, rows + alone), strict=True))

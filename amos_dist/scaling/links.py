@@ -5,9 +5,9 @@ alpha-beta: a message of S bytes takes alpha + S / bandwidth. An all-reduce over
     a ring:  2 (n - 1) alpha + 2 (n - 1) / n * S / bandwidth
     a tree:  2 ceil(log2 n) alpha + 2 S / bandwidth
 
-and a reduce-scatter half of the ring. Sources: R. Thakur, R. Rabenseifner, W. Gropp, Optimization of Collective
-Communication Operations in MPICH, 2005 (the model and the ring); P. Sanders, J. Speck, J. L. Traeff, Two-tree
-Algorithms for Full Bandwidth Broadcast, Reduction and Scan, 2009 (the tree, in a pipeline: NCCL's other algorithm).
+and a reduce-scatter or an all-gather half of the ring. Sources: R. Thakur, R. Rabenseifner, W. Gropp, Optimization of
+Collective Communication Operations in MPICH, 2005 (the model and the ring); P. Sanders, J. Speck, J. L. Traeff,
+Two-tree Algorithms for Full Bandwidth Broadcast, Reduction and Scan, 2009 (the tree, in a pipeline: NCCL's other one).
 """
 
 from __future__ import annotations
@@ -68,16 +68,16 @@ def all_reduce(size: int, ranks: int, link: Link) -> float:
     return min(ring, tree)
 
 
-def reduce_scatter(size: int, ranks: int, link: Link) -> float:
-    """Seconds, of one message: many buckets have as many latencies."""
-    return (ranks - 1) * link.latency + sent_by_reduce_scatter(size, ranks) / link.bandwidth if ranks > 1 else 0.0
+def half_ring(size: int, ranks: int, link: Link) -> float:
+    """Seconds of a reduce-scatter or an all-gather, in one message: many buckets have as many latencies."""
+    return (ranks - 1) * link.latency + sent_by_half_ring(size, ranks) / link.bandwidth if ranks > 1 else 0.0
 
 
 def sent_by_all_reduce(size: int, ranks: int) -> float:
     """Bytes that each rank sends, on a ring."""
-    return 2 * sent_by_reduce_scatter(size, ranks)
+    return 2 * sent_by_half_ring(size, ranks)
 
 
-def sent_by_reduce_scatter(size: int, ranks: int) -> float:
-    """Bytes that each rank sends, on a ring."""
+def sent_by_half_ring(size: int, ranks: int) -> float:
+    """Bytes that each rank sends in a reduce-scatter or an all-gather."""
     return (ranks - 1) / ranks * size

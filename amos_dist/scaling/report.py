@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .forecast import Forecast, RankForecast, as_json
-from .links import Link, all_reduce, reduce_scatter
+from .links import Link, all_reduce, half_ring
 
 
 def sized(size: float) -> str:
@@ -43,6 +43,7 @@ def tables(found: Sequence[Forecast], links: Sequence[Link]) -> str:
     sent: dict[str, Callable[[Forecast], str]] = {
         "all-reduces": lambda one: str(len(one.all_reduces)),
         "of": lambda one: sized(sum(one.all_reduces)),
+        "exchanged": lambda one: sized(sum(map(sum, one.exchanges))),
         "cut rows": lambda one: str(one.cut_rows),
         "sent": lambda one: sized(one.sent),
         "by holders": lambda one: sized(one.sent_by_holders),
@@ -54,14 +55,24 @@ def tables(found: Sequence[Forecast], links: Sequence[Link]) -> str:
     return f"{_table(found, held)}\n\n{_table(found, sent)}"
 
 
-def seconds(one: Forecast, link: Link) -> float:
+def all_reduce_seconds(one: Forecast, link: Link) -> float:
     """Of a step's all-reduces, one after the other."""
     return sum(all_reduce(size, one.setting.ranks, link) for size in one.all_reduces)
 
 
+def exchange_seconds(one: Forecast, link: Link) -> float:
+    """Of its reduce-scatters and all-gathers of columns."""
+    return sum(half_ring(size, one.setting.ranks, link) for sizes in one.exchanges for size in sizes)
+
+
+def seconds(one: Forecast, link: Link) -> float:
+    """Of both, one after the other."""
+    return all_reduce_seconds(one, link) + exchange_seconds(one, link)
+
+
 def gradient_seconds(one: Forecast, link: Link) -> float:
     """Of the reduce-scatter of the gradients, in one message."""
-    return reduce_scatter(one.gradients, one.setting.ranks, link)
+    return half_ring(one.gradients, one.setting.ranks, link)
 
 
 def _time(link: Link, of: Callable[[Forecast, Link], float]) -> Callable[[Forecast], str]:
@@ -86,7 +97,8 @@ NOTES = """\
 state: of the rank that holds the most, beside the float32 partition itself, which Adam needs as well.
 workspace: sums of what is cut, which stay from step to step.
 all-reduces: of one optimizer step, and what they add up. cut rows: rows that lie on more than one rank.
-sent: by each rank in these, on a ring. by holders: if only the ranks that hold a part of it added it up.
+exchanged: columns of which each rank keeps a share: what a reduce-scatter adds up and an all-gather brings back.
+sent: by each rank in these, on rings. by holders: if only the ranks that hold a part of it added it up.
 gradients: sent by each rank in their reduce-scatter. Times: on paper, by bandwidth and latency; not measured."""
 
 
@@ -114,7 +126,11 @@ def write_json(
     rows = []
     for i, one in enumerate(found):
         times = {
-            link.name: {"all_reduces": seconds(one, link), "gradients": gradient_seconds(one, link)}
+            link.name: {
+                "all_reduces": all_reduce_seconds(one, link),
+                "exchanges": exchange_seconds(one, link),
+                "gradients": gradient_seconds(one, link),
+            }
             for link in links
             if link.joins(one.setting.ranks)
         }

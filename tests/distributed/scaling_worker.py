@@ -51,12 +51,24 @@ def inside(base: Any, flats: list[torch.Tensor]) -> dict[str, Any]:
     buckets = [bucket for plans in base._plans.values() for plan in plans.values() for bucket in plan.buckets]
     borders = [(cut, cut_rows(cut.rows, cut.cols, list(cut.borders))) for layout in layouts for cut in layout.cuts]
     return {
-        "pieces": [[(p.key, p.start, p.length, p.offset) for p in layout.pieces] for layout in layouts],
-        "cuts": [[(cut.key, cut.rows, cut.cols, list(cut.borders)) for cut in layout.cuts] for layout in layouts],
+        "pieces": [[piece_told(piece) for piece in layout.pieces] for layout in layouts],
+        "cuts": [
+            [(cut.key, cut.rows, cut.cols, list(cut.borders), cut.sharers) for cut in layout.cuts] for layout in layouts
+        ],
         "cut_rows": sum(len(rows) for cut, rows in borders if has_rows(base._kinds[cut.key])),
         "sent_rows": sum(name[0] == ROWS for bucket in buckets for name in bucket.travel.places),
-        "workspace": sum(bucket.shared_work.nbytes + bucket.travel._start.nbytes for bucket in buckets),
+        "workspace": sum(tensor.nbytes for bucket in buckets for tensor in staying(bucket)),
     }
+
+
+def piece_told(piece: Any) -> list[Any]:
+    share = None if piece.share is None else [piece.share.start, piece.share.stop]
+    return [piece.key, piece.start, piece.length, piece.offset, share]
+
+
+def staying(bucket: Any) -> list[torch.Tensor]:
+    """What an optimizer keeps from step to step, of what travels."""
+    return [bucket.shared_work, bucket.travel._start, *(shares._buffer for shares in bucket.shares)]
 
 
 if __name__ == "__main__":
