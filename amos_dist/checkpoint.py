@@ -146,7 +146,7 @@ def full_state(trainer: Any) -> dict[str, State]:
     """The optimizer's whole state by the full name of each parameter, in the shapes of one that is not sharded.
 
     Every rank must call this. Under ZeRO the first rank has it all, momentum in float32 too, and the others nothing;
-    otherwise every rank has it. What is returned are copies.
+    otherwise every rank has it. What is returned are copies. ZeRO drops parameters without elements.
 
     Args:
         trainer: an engine of DeepSpeed, or an `Amos`.

@@ -66,6 +66,7 @@ class _Watch:
 
     def __init__(self, place: str, rank: int, ranks: int, patience: float, consequence: str) -> None:
         self.mine, self.next, self.lost = f"{place}/{rank}", f"{place}/{(rank + 1) % ranks}", f"{place}/lost"
+        self.first = f"{place}/0"
         self.rank, self.patience, self.consequence = rank, patience, consequence
         first: Any = distributed_c10d._get_default_store()
         self.store = first.clone()  # other threads wait in the first one
@@ -79,6 +80,8 @@ class _Watch:
     def end(self) -> None:
         self.over.set()
         self.counting.join(PERIOD)
+        if self.rank == 0 and not self.alarm.is_set():
+            time.sleep(PERIOD + 1)  # its process may keep the store: the others must have read that it has left
 
     def _count(self) -> None:
         seen = -1
@@ -89,7 +92,10 @@ class _Watch:
                 if self.store.add(self.lost, int(self.alarm.is_set())):
                     self.alarm.set()
                 self.answered = time.monotonic()
-                if now >= LEFT:
+                if self.store.add(self.first, 0) >= LEFT:  # and maybe the store with it: nobody is watched any more
+                    self.answered = self.moved = float("inf")
+                    self.over.wait()
+                elif now >= LEFT:
                     self.moved = float("inf")
                 elif now != seen:
                     seen, self.moved = now, self.answered

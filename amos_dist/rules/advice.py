@@ -267,7 +267,7 @@ def _recurrent(place: Place) -> Advice | None:
 
 def _convolution(place: Place) -> Advice | None:
     if isinstance(place.module, _TRANSPOSED):
-        fan_in = place.shape[0] * math.prod(place.shape[2:])
+        fan_in = place.shape[0] // place.module.groups * math.prod(place.shape[2:])
         what = "transposed convolution" + (f" after {place.activation}" if place.activation else "")
         note = f"{place.kind} is (in, out, ...): rows are (in, out)"
         return _kernel(what, 2 if place.activation else 1, fan_in, row_dims=2, notes=(note,))
@@ -297,7 +297,9 @@ def _matrix(place: Place) -> Advice | None:
 
 
 def _experts(place: Place) -> Advice | None:
-    if len(place.shape) != 3 or math.prod(place.shape) == max(place.shape):
+    called = re.search(r"expert|moe", f"{place.kind} {place.path}.{place.name}", re.IGNORECASE)
+    known = called or any(hasattr(place.module, name) for name in ("is_transposed", "num_experts"))
+    if len(place.shape) != 3 or math.prod(place.shape) == max(place.shape) or not known:
         return None
     gain, _ = names.role(f"experts.{place.name}")
     what = "stacked MLP outputs, after the activation" if gain == 2 else "stacked kernels"

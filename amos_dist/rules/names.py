@@ -10,7 +10,7 @@ WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "
 NORM = re.compile(r"norm|^ln", re.IGNORECASE)
 # They scale by 1 + weight, and the weight starts at zero.
 CENTERED_NORM = re.compile(r"(Gemma[23]?|Qwen3Next|Qwen3_5(Moe)?|Centered)(RMS|Layer)?Norm$|LayerNorm1P$")
-RELATIVE = re.compile(r"relative|rel_?pos|(^|[._])(rpe|rpb)(_|$)", re.IGNORECASE)
+RELATIVE = re.compile(r"relative|rel_?(pos|emb)|(^|[._])(rpe|rpb)(_|$)", re.IGNORECASE)
 EMBEDDING = re.compile(r"embed|token|posit|latent|probe|prompt", re.IGNORECASE)
 # A matrix is a kernel if it or its module is called so.
 KERNEL_NAME = re.compile(r"(\w*_)?(weights?|kernel|w\d*|matrix|proj|projection)(_\w+)?", re.IGNORECASE)
@@ -25,13 +25,13 @@ _ROLES = [
         # Those of an MLP, whose activation is a function in most models and no module.
         (
             r"(mlp|ffn|feed_?forward|ff|densereludense|experts?(\.\d+)?)"
-            r"\.(c_proj|fc2|down_proj|w2|wo|out|output|proj|lin2|linear2|out_proj|dense_4h_to_h|fc_out)$"
+            r"\.(c_proj|fc2|down_proj|w2|wo|out|output|proj|lin2|linear2|out_proj|dense_4h_to_h|fc_out|layer_2|value)$"
             r"|(^|\.)(fc2|down_proj|linear2|dense_4h_to_h|ffn_output)$|(layer|blocks)\.\d+\.output\.dense$",
             2,
             "MLP output, after the activation",
         ),
         (
-            r"(mlp|ffn|feed_?forward|ff|densereludense|experts?(\.\d+)?)\.(c_fc|fc1|w1|w3|wi(_\d)?|lin1|linear1|fc_in)$"
+            r"(mlp|ffn|feed_?forward|ff|densereludense|experts?(\.\d+)?)\.(c_fc|fc1|w1|w3|wi(_\d)?|lin1|linear1|fc_in|layer_1|key)$"
             r"|(^|\.)(up_proj|gate_proj|gate_up_proj|dense_h_to_4h)$|layers?\.\d+\.(fc1|linear1)$|intermediate\.dense$",
             1,
             "MLP input",

@@ -101,9 +101,8 @@ def _stage3(flat: torch.Tensor, zero: Any, everywhere: list[Original]) -> Layout
         if borders:
             layout.cuts.append(Cut(original.key, original.rows, original.cols, borders, sharers=ranks))
             share = layout.cuts[-1].share_of(rank)
-        if length or share:
+        if length:  # where there is no element, there is no share either: r ceil(C/n) < C means r ceil(RC/n) < RC
             layout.pieces.append(Piece(original.key, original.rows, original.cols, start, length, offset, share))
-        if length:
             mapped = zero.grad_position.get(zero.get_param_id(param)) == [number, offset, n]
             checks.append(_Check(original, offset, param.ds_tensor.data.view(-1)[:length], mapped))
         offset += n

@@ -13,9 +13,11 @@ WORKER = Path(__file__).with_name("heartbeat_worker.py")
 NAMED = "does not answer any more, so that this run cannot go on."
 
 
-def start(folder: Path, ranks: int, *, waits: bool, stops: bool = True, limit: float = 120) -> list[tuple[int, str]]:
+def start(
+    folder: Path, ranks: int, *, waits: bool, stops: bool = True, leaves: bool = False, limit: float = 120
+) -> list[tuple[int, str]]:
     """The status and the output of the ranks that are not stopped."""
-    case, quiet = {"waits": waits, "stops": stops}, {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+    case, quiet = {"waits": waits, "stops": stops, "leaves": leaves}, {"TORCH_CPP_LOG_LEVEL": "ERROR"}
     with started([WORKER], ranks, folder, case, **quiet) as (processes, logs):
         end = time.monotonic() + limit
         ended = [process.wait(max(0.0, end - time.monotonic())) for process in processes[: ranks - stops]]
@@ -32,3 +34,7 @@ def test_a_rank_that_is_stopped_is_named(waits: bool, tmp_path: Path) -> None:
 def test_a_rank_that_is_late_is_waited_for(tmp_path: Path) -> None:
     """It works for longer than the patience, and answers all the time."""
     assert [status for status, _ in start(tmp_path, 2, waits=False, stops=False)] == [0, 0]
+
+
+def test_a_rank_that_works_on_when_the_first_has_ended(tmp_path: Path) -> None:
+    assert [status for status, _ in start(tmp_path, 2, waits=False, stops=False, leaves=True)] == [0, 0]

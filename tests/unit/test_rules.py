@@ -71,6 +71,10 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         lambda: nn.Sequential(nn.ConvTranspose2d(6, 4, 3, bias=False)),
         {"0.weight": root(1 / 54)},
     ),
+    "grouped transposed": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(8, 8, 3, groups=4, bias=False)),
+        {"0.weight": root(1 / 18)},
+    ),
     "attention": (
         lambda: nn.MultiheadAttention(12, 3),
         {"in_proj_weight": root(1 / 12), "in_proj_bias": 0.5, "out_proj.weight": root(1 / 12), "out_proj.bias": 0.5},
@@ -280,6 +284,8 @@ def test_tokens_and_positions_are_embeddings_with_a_row_each() -> None:
 def test_stacked_experts_that_say_they_are_transposed() -> None:
     """(E, out, in), and (E, in, out) where the module says is_transposed, as in transformers."""
     experts = Bare(gate_up_proj=(4, 12, 6), down_proj=(4, 6, 10), gate_up_proj_bias=(4, 12))
+    assert sigmas(experts)["gate_up_proj"] == "auto"  # nothing says that these are experts
+    experts.num_experts = 4
     expected = {"gate_up_proj": root(1 / 6), "down_proj": root(2 / 10), "gate_up_proj_bias": 0.5}
     assert sigmas(experts) == expected
     found = settings_by_name(experts)
