@@ -150,6 +150,10 @@ class Zero3:
     def __init__(self) -> None:
         self.fp32_partitioned_groups_flat: list[Tensor] = []
         self.fp16_groups: list[list[Any]] = []
+        self.grad_position: dict[int, list[int]] = {}
+
+    def get_param_id(self, param: Any) -> int:
+        return id(param)
 
 
 def zero(draw: Random, meshes: list[DeviceMesh]) -> list[str]:

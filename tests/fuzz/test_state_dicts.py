@@ -21,10 +21,7 @@ from .profiles import examples, randoms
 def stepped(draw: Random, groups: list[dict[str, Any]], steps: int) -> tuple[Amos, Oracle]:
     optimizer = Amos(groups, lr=0.1)
     oracle = Oracle(optimizer)
-    for _ in range(steps):
-        draw_gradients(optimizer, lambda param: gradient(draw, param))
-        oracle.step(optimizer)
-        optimizer.step()
+    oracle.follow(optimizer, lambda param: gradient(draw, param), times=steps)  # each step takes roundings over
     return optimizer, oracle
 
 
