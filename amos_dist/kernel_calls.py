@@ -62,15 +62,16 @@ class Launch:
         self.flags = [None if tile is None else self._travel.flag(tile.key) for tile in tiles]
         groups = [member.group for member in self.members]
         self.numbers = Numbers([number for _, number in self.rows], groups, self.counts_on)
-        for columns in (self.cut_columns, self.shared_columns):
+        # Those of which a mean over all columns travels.
+        self.means = [columns for columns in (self.cut_columns, self.shared_columns) if columns]
+        for columns in self.means:
             columns.freeze()
 
     def fill_numbers(self, constants_of: ConstantsOf) -> None:
         """Reads the hyper-parameters of the groups; all before any is changed, because one may be wrong."""
         self.numbers.fill([constants_of(key, self.members[number].group) for key, number in self.rows])
-        for columns in (self.cut_columns, self.shared_columns):
-            if columns:
-                columns.read_beta(self.numbers)
+        for columns in self.means:
+            columns.read_beta(self.numbers)
         self.stale = False
 
     def bind(self, states: dict[Tensor, State]) -> None:
@@ -201,9 +202,8 @@ class Call:
                 launch.ops.sums_(self.grads, work, blocks.table(self.present), self.hyper, launch.names)
 
     def send(self) -> None:
-        for columns in (self.launch.cut_columns, self.launch.shared_columns):
-            if columns:
-                columns.send(self.shared_work, self.launch.state)
+        for columns in self.launch.means:
+            columns.send(self.shared_work, self.launch.state)
 
     def step(self) -> None:
         """Of what needs nothing of other ranks."""
