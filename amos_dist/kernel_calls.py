@@ -20,10 +20,27 @@ from .travel import Travel
 ConstantsOf = Callable[[int, dict[str, Any]], Constants]
 
 
+class Leg:
+    """What a launch has of the parameters that travel in one wave."""
+
+    def __init__(self, travel: Travel, device: torch.device, dtype: torch.dtype) -> None:
+        self.shared = Blocks()  # of parameters that are cut
+        self.hollow = Blocks()  # of tiles without elements, for the state that they share with other ranks
+        self.cut_columns = CutColumns(travel, device, dtype)
+        # Columns of which each rank keeps a share, as blocks without elements.
+        self.share, self.shared_columns = Blocks(), CutColumns(travel, device, dtype)
+
+    def freeze(self) -> None:
+        # Those of which a mean over all columns travels.
+        self.means = [columns for columns in (self.cut_columns, self.shared_columns) if columns]
+        for columns in self.means:
+            columns.freeze()
+
+
 class Launch:
     """Tensors that share one set of dtypes: one call of a kernel serves all."""
 
-    def __init__(self, first: Member, travel: Travel) -> None:
+    def __init__(self, first: Member) -> None:
         self.device, self.dtype, self.compute = first.tensor.device, first.tensor.dtype, compute_dtype(first.tensor)
         # Where `step` and the hyper-parameters are.
         self.counts_on = self.device if first.capturable else torch.device("cpu")
@@ -31,14 +48,11 @@ class Launch:
         self.with_momentum = first.momentum_dtype is not None
         self.ops = ops.backend(self.device, first.fused)
         self.members: list[Member] = []
-        self.local, self.shared = Blocks(), Blocks()  # of parameters that are whole here; of those that are cut
+        self.local = Blocks()  # of parameters that are whole here
         self.checked = first.checked
         # Summed up before anything changes: to be stepped from these sums; what takes one pass, only to be looked at.
         self.twice, self.looked_at = Blocks(), Blocks()
-        self.hollow = Blocks()  # of tiles without elements, for the state that they share with other ranks
-        self.cut_columns = CutColumns(travel, self.device, self.compute)
-        # Columns of which each rank keeps a share, as blocks without elements.
-        self.share, self.shared_columns = Blocks(), CutColumns(travel, self.device, self.compute)
+        self.legs: dict[Travel, Leg] = {}
         self.flags: list[int | None] = []  # where ranks count who has a gradient for each tensor
         self.rows: list[tuple[int, int]] = []  # of the hyper-parameters: the parameter's key, the number of its tensor
         self.stale = True  # a hyper-parameter other than lr has changed
@@ -51,27 +65,31 @@ class Launch:
         self._addresses: list[int] = []
         self._masks: dict[tuple[bool, ...], Tensor] = {}
         self._versions: list[Any] = []  # of the parameters when they were last written here, where there are masters
-        self._travel = travel
 
-    def freeze(self) -> None:
-        """All members are there: makes what every step uses."""
+    def leg(self, travel: Travel) -> Leg:
+        """What it has of a wave; made where there is none yet."""
+        if travel not in self.legs:
+            self.legs[travel] = Leg(travel, self.device, self.compute)
+        return self.legs[travel]
+
+    def freeze(self, first: Travel | None) -> None:
+        """All members are there: makes what every step uses. first: of the wave in which flags travel."""
         self.tensors = [member.tensor for member in self.members]
         self.names = lines([member.name for member in self.members])
         self.sharded = any(map(dtensor.is_dtensor, self.tensors))
         tiles = [member.layout.tile for member in self.members]
-        self.flags = [None if tile is None else self._travel.flag(tile.key) for tile in tiles]
+        self.flags = [None if tile is None or first is None else first.flag(tile.key) for tile in tiles]
         groups = [member.group for member in self.members]
         self.numbers = Numbers([number for _, number in self.rows], groups, self.counts_on)
-        # Those of which a mean over all columns travels.
-        self.means = [columns for columns in (self.cut_columns, self.shared_columns) if columns]
-        for columns in self.means:
-            columns.freeze()
+        for leg in self.legs.values():
+            leg.freeze()
 
     def fill_numbers(self, constants_of: ConstantsOf) -> None:
         """Reads the hyper-parameters of the groups; all before any is changed, because one may be wrong."""
         self.numbers.fill([constants_of(key, self.members[number].group) for key, number in self.rows])
-        for columns in self.means:
-            columns.read_beta(self.numbers)
+        for leg in self.legs.values():
+            for columns in leg.means:
+                columns.read_beta(self.numbers)
         self.stale = False
 
     def bind(self, states: dict[Tensor, State]) -> None:
@@ -155,8 +173,8 @@ class Call:
     Small models spend more time here than in the kernels: no work for each tensor that a list comprehension cannot do.
     """
 
-    def __init__(self, launch: Launch, shared_work: Tensor, local_work: Tensor, kept_work: Tensor) -> None:
-        self.launch, self.shared_work, self.local_work, self.kept_work = launch, shared_work, local_work, kept_work
+    def __init__(self, launch: Launch, local_work: Tensor, kept_work: Tensor) -> None:
+        self.launch, self.local_work, self.kept_work = launch, local_work, kept_work
         self.present: list[bool] | None = None
         self.grads = self._gradients()
         self.tensors = self.dense = launch.locals_of(launch.tensors)
@@ -194,16 +212,25 @@ class Call:
         flags = zip(self.launch.flags, self.present or (), strict=False)
         return [flag for flag, there in flags if flag is not None and not there]
 
-    def sums(self) -> None:
+    def look(self) -> None:
+        """Sums of what is whole here."""
         launch = self.launch
-        tables = ((launch.shared, self.shared_work), (launch.twice, self.kept_work), (launch.looked_at, self.kept_work))
-        for blocks, work in tables:
-            if blocks:
-                launch.ops.sums_(self.grads, work, blocks.table(self.present), self.hyper, launch.names)
+        for blocks in (launch.twice, launch.looked_at):
+            self._sums(blocks, self.kept_work)
 
-    def send(self) -> None:
-        for columns in self.launch.means:
-            columns.send(self.shared_work, self.launch.state)
+    def sums(self, travel: Travel, work: Tensor) -> None:
+        if leg := self.launch.legs.get(travel):
+            self._sums(leg.shared, work)
+
+    def _sums(self, blocks: Blocks, work: Tensor) -> None:
+        if blocks:
+            launch = self.launch
+            launch.ops.sums_(self.grads, work, blocks.table(self.present), self.hyper, launch.names)
+
+    def send(self, travel: Travel, work: Tensor) -> None:
+        if leg := self.launch.legs.get(travel):
+            for columns in leg.means:
+                columns.send(work, self.launch.state)
 
     def step(self) -> None:
         """Of what needs nothing of other ranks."""
@@ -219,15 +246,15 @@ class Call:
             launch.ops.slots_(launch.state, self.kept_work, blocks, self.hyper, launch.names)
             launch.ops.update_(*changed, self.kept_work, blocks, self.hyper, launch.names)
 
-    def join(self) -> None:
+    def join(self, work: Tensor) -> None:
         """Parameters that only other ranks have a gradient for are stepped with zeros: all ranks stay together.
 
-        A rank that has all gradients need not look, nor wait for its device.
+        A rank that has all gradients need not look, nor wait for its device. work: of the wave in which flags travel.
         """
         absent = self.absent()
         if self.present is None or not absent:
             return
-        somewhere = dict(zip(absent, (self.shared_work[0, absent] > 0).tolist(), strict=True))
+        somewhere = dict(zip(absent, (work[0, absent] > 0).tolist(), strict=True))
         pairs = zip(self.launch.flags, self.present, strict=True)
         late = [not there and flag is not None and somewhere[flag] for flag, there in pairs]
         if any(late):
@@ -236,25 +263,29 @@ class Call:
             self._step(late)
             self.present = [there or now for there, now in zip(self.present, late, strict=True)]
 
-    def slots_of_share(self) -> None:
+    def slots_of_share(self, travel: Travel, work: Tensor) -> None:
         """Of the columns whose state this rank keeps for all."""
-        launch, work = self.launch, self.shared_work
-        if launch.share:
-            launch.ops.slots_(launch.state, work, launch.share.table(self.present), self.hyper, launch.names)
-        if launch.shared_columns:
-            launch.shared_columns.mend(work, launch.state)
+        if leg := self.launch.legs.get(travel):
+            self._slots(leg.share, work)
+            if leg.shared_columns:
+                leg.shared_columns.mend(work, self.launch.state)
 
-    def slots_and_update(self) -> None:
-        launch, work = self.launch, self.shared_work
-        if launch.hollow:
-            launch.ops.slots_(launch.state, work, launch.hollow.table(self.present), self.hyper, launch.names)
-        if launch.shared:
-            changed = (self.params, self.grads, self.momentum, self.low)
-            blocks = launch.shared.table(self.present)
-            launch.ops.slots_(launch.state, work, blocks, self.hyper, launch.names)
-            if launch.cut_columns:
-                launch.cut_columns.mend(work, launch.state)
-            launch.ops.update_(*changed, work, blocks, self.hyper, launch.names)
+    def slots_and_update(self, travel: Travel, work: Tensor) -> None:
+        leg = self.launch.legs.get(travel)
+        if leg is None:
+            return
+        self._slots(leg.hollow, work)
+        self._slots(leg.shared, work)
+        if leg.shared:
+            if leg.cut_columns:
+                leg.cut_columns.mend(work, self.launch.state)
+            launch, blocks = self.launch, leg.shared.table(self.present)
+            launch.ops.update_(self.params, self.grads, self.momentum, self.low, work, blocks, self.hyper, launch.names)
+
+    def _slots(self, blocks: Blocks, work: Tensor) -> None:
+        if blocks:
+            launch = self.launch
+            launch.ops.slots_(launch.state, work, blocks.table(self.present), self.hyper, launch.names)
 
     def count(self) -> None:
         """Steps taken; parameters that were not contiguous; versions for autograd."""

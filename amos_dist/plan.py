@@ -1,7 +1,8 @@
-"""The way of one step: gradients -> sums (kernel) -> one all-reduce per process group -> slots -> update (kernel).
+"""The way of one step: gradients -> sums (kernel) -> what travels -> slots -> update (kernel).
 
 A Plan is made once for a set of tensors. It knows where the state and the sums of each block are; running it is a few
-calls of kernels. What lies whole in this process takes one kernel call; only what is cut at a rank's border travels.
+calls of kernels. What lies whole in this process takes one kernel call; only what is cut at a rank's border travels,
+in a few waves: one travels while others are worked on.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from torch import Tensor
 from . import amp, roll_call
 from .kernel_calls import Call, ConstantsOf, Launch
 from .member import Member
-from .sharding import Block, Piece, Tile, disagreement
+from .sharding import Block, Holders, Piece, Tile, disagreement
 from .state import State, compute_dtype, has_columns, has_rows, state_sizes
 from .tables import CODES, Blocks
-from .travel import COLUMNS, NO_ROW, OLD, ROWS, SHARE, Space, Travel
+from .travel import COLUMNS, NO_ROW, OLD, ROWS, SHARE, Space
+from .wave import Wave, settle, waves_of
 
 
 class _Bucket:
-    """Tensors on one device with one compute dtype: they share a workspace, and so an all-reduce."""
+    """Tensors on one device with one compute dtype: they share a workspace."""
 
     def __init__(
         self,
@@ -33,24 +35,30 @@ class _Bucket:
         members: list[Member],
         kinds: dict[int, str],
         everyone: tuple[Any, ...],
+        at_once: bool,
     ) -> None:
         self.device, self.dtype, self.kinds = device, dtype, kinds
         self.launches: dict[Any, Launch] = {}
-        self._shared, self._local, self._kept = Space(), Space(), Space()
-        self.travel = Travel([member.layout for member in members], kinds, self._shared, everyone)
+        self._local, self._kept = Space(), Space()
+        self.waves = waves_of([member.layout for member in members], kinds, everyone)
+        self._wave_of = {key: wave for wave in self.waves for key in wave.keys}
         for member in members:
             modes = (member.fused, member.capturable, member.master, member.checked)
             kind = (member.tensor.dtype, member.momentum_dtype, *modes)
             if kind not in self.launches:
-                self.launches[kind] = Launch(member, self.travel)
+                self.launches[kind] = Launch(member)
             self._add(self.launches[kind], member)
         for launch in self.launches.values():
-            launch.freeze()
-        self.shared_work = self._shared.tensor(dtype, device)
+            launch.freeze(self.waves[0].travel if self.waves else None)
         self.local_work = self._local.tensor(dtype, device)
         self.kept_work = self._kept.tensor(dtype, device)  # sums of what is whole here, until all are known
-        self.works = self.shared_work, self.local_work, self.kept_work
-        self.shares = self.travel.shares(self.shared_work)
+        self._memory = settle(self.waves, dtype, device, at_once)
+
+    @property
+    def staying(self) -> list[Tensor]:
+        """What is kept from step to step of what travels."""
+        few = [each for wave in self.waves for each in wave.exchanges if isinstance(each, Holders)]
+        return [*self._memory, *(tensor for each in few for tensor in (each.sent, each.received))]
 
     def _add(self, launch: Launch, member: Member) -> None:
         number = len(launch.members)
@@ -83,12 +91,14 @@ class _Bucket:
     ) -> None:
         kind = self.kinds[piece.key]
         columns = columns if has_columns(kind) else 0
-        cut_row = self.travel.places.get((ROWS, piece.key, block.row))
-        cut_columns = self.travel.places.get((COLUMNS, piece.key, 0))
-        if cut_row is not None or cut_columns is not None:
-            row_work = self._shared.take(block.rows) if has_rows(kind) and cut_row is None else cut_row or 0
-            self._write(launch.shared, launch, number, piece, block, state, (row_work, cut_columns or 0, columns))
-            return
+        if (wave := self._wave_of.get(piece.key)) is not None:
+            cut_row = wave.travel.places.get((ROWS, piece.key, block.row))
+            cut_columns = wave.travel.places.get((COLUMNS, piece.key, 0))
+            if cut_row is not None or cut_columns is not None:
+                row_work = wave.space.take(block.rows) if has_rows(kind) and cut_row is None else cut_row or 0
+                shared, work = launch.leg(wave.travel).shared, (row_work, cut_columns or 0, columns)
+                self._write(shared, launch, number, piece, block, state, work)
+                return
         if launch.checked and (kind in ("factored", "column") or block.rows == 1):
             rows = self._kept.take(block.rows if has_rows(kind) else 0)
             self._write(launch.twice, launch, number, piece, block, state, (rows, self._kept.take(columns), columns))
@@ -105,9 +115,12 @@ class _Bucket:
 
     def _add_tile(self, launch: Launch, number: int, tile: Tile, state: tuple[int, int, int]) -> None:
         """What only tiles have: a mean of more columns than are here; state of rows or columns without elements."""
-        kind, places = self.kinds[tile.key], self.travel.places
+        wave = self._wave_of.get(tile.key)
+        if wave is None:
+            return
+        kind, places, leg = self.kinds[tile.key], wave.travel.places, launch.leg(wave.travel)
         if (OLD, tile.key, 0) in places:
-            launch.cut_columns.add(tile, state[1], len(launch.rows) - 1)
+            leg.cut_columns.add(tile, state[1], len(launch.rows) - 1)
         stateful = (has_rows(kind) and tile.touched_rows) or (has_columns(kind) and tile.touched_cols)
         if tile.blocks() or not stateful:
             return
@@ -116,17 +129,22 @@ class _Bucket:
             state = self._without_row(launch, state)
         block = Block(0, 0, 0, max(1, tile.touched_rows), max(1, tile.touched_cols))
         work = places.get((ROWS, tile.key, 0), 0), places.get((COLUMNS, tile.key, 0), 0), tile.touched_cols
-        self._write(launch.hollow, launch, number, tile, block, state, work)
+        self._write(leg.hollow, launch, number, tile, block, state, work)
 
     def _add_share(self, launch: Launch, number: int, piece: Piece, state: tuple[int, int, int]) -> None:
         """The columns whose state this rank keeps for all."""
-        places, count, is_factored = self.travel.places, piece.touched_cols, self.kinds[piece.key] == "factored"
+        travel, count, is_factored = (
+            self._wave_of[piece.key].travel,
+            piece.touched_cols,
+            self.kinds[piece.key] == "factored",
+        )
+        places, leg = travel.places, launch.leg(travel)
         if is_factored:
-            launch.shared_columns.add(piece, state[1], len(launch.rows) - 1)
+            leg.shared_columns.add(piece, state[1], len(launch.rows) - 1)
         if count:
             state = self._without_row(launch, state) if is_factored else state
             work = places.get((NO_ROW, piece.key, 0), 0), places[SHARE, piece.key, 0], count
-            self._write(launch.share, launch, number, piece, Block(0, piece.first_row, 0, 1, count), state, work)
+            self._write(leg.share, launch, number, piece, Block(0, piece.first_row, 0, 1, count), state, work)
 
     @staticmethod
     def _without_row(launch: Launch, state: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -168,21 +186,9 @@ class _Bucket:
             ]
         )
 
-    def begin(self, calls: list[Call]) -> None:
-        """Of a step: sums up."""
-        self.travel.begin(self.shared_work, [place for call in calls for place in call.absent()])
-        self.kept_work[0] = 0  # what is left of an earlier step must not count
-        for call in calls:
-            call.sums()
 
-    def reduce(self) -> list[Any]:
-        """What travels, under way."""
-        return [self.travel.reduce(self.shared_work), *(share.add_up() for share in self.shares)]
-
-    def infinite(self) -> Tensor:
-        """Whether a sum of squares is not finite: 0-d, bool, on the device."""
-        # None is negative: their sum tells, and needs no memory.
-        return ~(self.shared_work[0].sum() + self.kept_work[0].sum()).isfinite()
+Calls = dict[_Bucket, list[Call]]
+Waves = list[tuple[Wave, list[Call]]]
 
 
 class Plan:
@@ -201,11 +207,13 @@ class Plan:
             together.setdefault((member.tensor.device, compute_dtype(member.tensor)), []).append(member)
         layouts = [member.layout for member in members if member.layout.tile]
         everyone = tuple(dict.fromkeys(group for layout in layouts for group in layout.groups))
+        self.checked = any(member.checked for member in members)
+        self._at_once = self.checked or bool(everyone)  # all sums are known before anything changes
         self.buckets: list[_Bucket] = []
         for (device, dtype), some in together.items():
-            self.buckets.append(_Bucket(device, dtype, some, kinds, () if self.buckets else everyone))
+            told = () if self.buckets else everyone
+            self.buckets.append(_Bucket(device, dtype, some, kinds, told, self._at_once))
         self.launches = [launch for bucket in self.buckets for launch in bucket.launches.values()]
-        self.checked = any(launch.checked for launch in self.launches)
         self._seen: list[State] = []
 
     def fits(self, states: dict[Tensor, State]) -> bool:
@@ -257,8 +265,9 @@ class Plan:
             # Which parameters a partition has parts of differs from rank to rank; other ranks may have other experts.
             partitions = any(layout.is_partition for layout in some)
             facts = facts_of(None if partitions else {layout.tile.key for layout in some if layout.tile})
-            size = sum(bucket.travel.numbers_of(group) for bucket in self.buckets)
-            fault = disagreement(group, fault, [*facts, f"{size} numbers to be added up over ranks"])
+            waves = [wave for bucket in self.buckets for wave in bucket.waves]
+            facts += [f"{fact}, wave {i}" for i, wave in enumerate(waves) for fact in wave.travel.facts(group)]
+            fault = disagreement(group, fault, facts)
         if fault:
             raise RuntimeError(fault)
         self.agreed = True
@@ -283,44 +292,84 @@ class Plan:
                 launch.bind(states)
             self._seen, self.bound = list(states.values()), True
         calls = {
-            bucket: [Call(launch, *bucket.works) for launch in bucket.launches.values()] for bucket in self.buckets
+            bucket: [Call(launch, bucket.local_work, bucket.kept_work) for launch in bucket.launches.values()]
+            for bucket in self.buckets
         }
+        waves = [(wave, some) for bucket, some in calls.items() for wave in bucket.waves]
+        every = list(itertools.chain(*calls.values()))
+        if self._at_once:
+            moved = self._all_known_first(calls, waves, every, found_inf)
+        else:
+            moved = self._in_turn(waves, every, found_inf)
+        for call in every if moved else ():
+            call.count()
+        return moved
+
+    def _all_known_first(self, calls: Calls, waves: Waves, every: list[Call], found_inf: Tensor | None) -> bool:
+        """All sums travel, wave by wave, before anything changes."""
+        finite: list[Tensor] = []
+        look = self.checked and found_inf is None
         for bucket, some in calls.items():
-            bucket.begin(some)
-        infinite = found_inf
-        if infinite is None and self.checked:
-            first = self.buckets[0].device
-            infinite = torch.stack([bucket.infinite().to(first) for bucket in self.buckets]).any()
-        for bucket, some in calls.items():
-            bucket.travel.tell(bucket.shared_work, infinite)
+            bucket.kept_work[0] = 0  # what is left of an earlier step must not count
             for call in some:
-                call.send()
-        pending = [each for bucket in self.buckets for each in bucket.reduce()]
+                call.look()
+            finite += [bucket.kept_work[0].sum()] if look else []
+        last = []
+        for wave, some in waves:
+            wave.sums(some)
+            finite += [wave.work[0].sum()] if look else []
+            if wave.travel.infinite is None:
+                wave.depart(some)
+            else:  # it tells others what is not finite
+                last.append((wave, some))
+        infinite = found_inf
+        if look:  # no sum is negative: their sum tells, and needs no memory
+            infinite = torch.stack([~each.isfinite().to(self.buckets[0].device) for each in finite]).any()
+        for wave, some in last:
+            wave.depart(some, infinite)
+        if infinite is None:
+            for call in every:  # while the sums travel
+                call.step()
+        for wave, _ in waves:
+            wave.arrive()
         if infinite is not None:
-            for each in pending:
-                each.wait()
-            pending.clear()
             if self._is_infinite(infinite, tell=found_inf is not None):
                 return False
-        for call in itertools.chain(*calls.values()):  # while the sums travel
-            call.step()
-        for each in pending:
-            each.wait()
-        for call in itertools.chain(*calls.values()):
-            call.join()
-            call.slots_of_share()
-        for bucket in self.buckets:
-            for share in bucket.shares:
-                share.gather()
-        for call in itertools.chain(*calls.values()):
-            call.slots_and_update()
-            call.count()
+            for call in every:
+                call.step()
+        for bucket, some in calls.items():
+            for call in some if bucket.waves else ():
+                call.join(bucket.waves[0].work)
+        for wave, some in waves:
+            wave.share(some)
+            wave.finish(some)
+        return True
+
+    def _in_turn(self, waves: Waves, every: list[Call], found_inf: Tensor | None) -> bool:
+        """While a wave's sums travel, the next one is summed up; while its columns come back, the one before moves."""
+        if found_inf is not None and self._is_infinite(found_inf, tell=True):
+            return False
+        for i in range(len(waves) + 2):
+            if i < len(waves):
+                wave, some = waves[i]
+                wave.sums(some)
+                wave.depart(some)
+            if i == 0:
+                for call in every:  # what needs nothing of other ranks
+                    call.step()
+            if 0 < i <= len(waves):
+                wave, some = waves[i - 1]
+                wave.arrive()
+                wave.share(some)
+            if i > 1:
+                wave, some = waves[i - 2]
+                wave.finish(some)
         return True
 
     def _is_infinite(self, infinite: Tensor, tell: bool) -> bool:
         """Whether any rank has a gradient that is not finite. tell: GradScaler, where only another one has."""
         here = bool(infinite > 0)
-        places = ((bucket.shared_work, bucket.travel.infinite) for bucket in self.buckets)
+        places = ((wave.work, wave.travel.infinite) for bucket in self.buckets for wave in bucket.waves)
         anywhere = here or any(place is not None and bool(work[0, place] > 0) for work, place in places)
         if tell and anywhere and not here:
             amp.tell_scaler()

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
+from ..member import Member
 from ..models import Parameter
 from ..originals import describe
+from ..plan import Plan
 from ..settings import DEFAULTS
-from ..sharding import Original
+from ..sharding import Layout, Original
 from ..state import has_rows, state_sizes
 from .layout import Flat, entries_of_all, partitions
 from .links import sent_by_all_reduce, sent_by_half_ring
 
 NUMBER = 4  # bytes of a float32: sums, moments, decay, `step`; ZeRO's partitions are float32 whatever the model is
-PLANES = 3  # of a workspace: travel.Space
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class RankForecast:
     Attributes:
         elements: of its partitions, padding included. pieces: the parts of parameters that they hold.
         state: bytes by key.
-        workspace: bytes that stay from step to step: of what travels, with the buffer that columns in shares travel
-            in, and of the sums of the same parameters' other rows.
+        workspace: bytes that stay from step to step: of the waves that are under way at once, of what travels in them
+            and of the sums of the same parameters' other rows, with the buffers that columns travel in.
+        collectives: of each step() of a partition: kinds as Wave.moves has them, and bytes.
         shared_rows: rows of which other ranks have a part too.
         begins, ends: the first and the last element that it has: the parameter's name and the place in it.
     """
@@ -55,6 +57,7 @@ class RankForecast:
     pieces: int
     state: dict[str, int]
     workspace: int
+    collectives: list[list[tuple[str, int]]]
     shared_rows: int
     begins: tuple[str, int] | None
     ends: tuple[str, int] | None
@@ -62,6 +65,18 @@ class RankForecast:
     @property
     def state_bytes(self) -> int:
         return sum(self.state.values())
+
+    def sizes(self, *kinds: str) -> list[int]:
+        """The bytes of the collectives of these kinds, in order."""
+        return [size for some in self.collectives for kind, size in some if kind in kinds]
+
+    def sent(self, ranks: int) -> float:
+        """Bytes that it sends in all, on rings where all ranks take part."""
+        return (
+            sent_by_all_reduce(sum(self.sizes("all_reduce")), ranks)
+            + sent_by_half_ring(sum(self.sizes("scatter", "gather")), ranks)
+            + sum(self.sizes("holders"))
+        )
 
 
 @dataclass(frozen=True)
@@ -71,12 +86,9 @@ class Forecast:
     Attributes:
         most: the rank that holds the most state. state_of_all: of all ranks together.
         adam: state of a rank with Adam: two float32 numbers for each element of its partition.
-        all_reduces: what each of a step's all-reduces adds up, in order: DeepSpeed calls step() for each partition.
-        exchanges: of the columns of which each rank keeps a share, in the same order: what a reduce-scatter adds up,
-            and what an all-gather brings back.
         cut_rows, cut_columns: those that lie on more than one rank.
-        sent: by each rank in all of these, on rings. sent_by_holders: on average, if only the ranks that hold a part
-            of a row or of a parameter added it up.
+        sent: by the rank that holds the most state, in a step. sent_by_everybody: if all ranks added up all cut rows
+            and, at stages 1 and 2, all cut columns, whoever holds a part of them.
         gradients: that a reduce-scatter adds up. sent_of_gradients: by each rank.
     """
 
@@ -87,12 +99,10 @@ class Forecast:
     most: RankForecast
     state_of_all: int
     adam: int
-    all_reduces: list[int]
-    exchanges: list[tuple[int, int]]
     cut_rows: int
     cut_columns: int
     sent: float
-    sent_by_holders: float
+    sent_by_everybody: float
     gradients: int
     sent_of_gradients: float
 
@@ -124,29 +134,28 @@ class Model:
 def forecast(model: Model, setting: Setting) -> Forecast:
     """What `setting` comes to on all ranks."""
     flats = model.partitions(setting)
-    sums = [flat.sums for flat in flats]
-    all_reduces = [NUMBER * each.added_up for each in sums if each.added_up]
-    exchanges = [(NUMBER * flat.sums.exchanged, NUMBER * flat.gathered) for flat in flats if flat.gathered]
-    sent = sent_by_all_reduce(sum(all_reduces), setting.ranks)
     entries = entries_of_all(flats, setting.ranks)
     each = torch.stack(list(entries.values())).sum(0)
     alike = sum(_alike(flats, setting.momentum).values())
     parameters = sum(original.numel for original in model.originals)
     gradients = parameters * setting.dtype.itemsize
+    spreads = [spread for flat in flats for spread in flat.spreads]
+    most = forecast_of_rank(model, setting, int(each.argmax()))
+    cut_rows = sum(spread.cut_rows for spread in spreads if has_rows(spread.kind))
+    cut_columns = sum(spread.cut_columns for spread in spreads)
+    added = NUMBER * (cut_rows + (cut_columns if setting.zero < 3 else 0))
     return Forecast(
         setting,
         model.moments,
         parameters,
         len(model.originals),
-        forecast_of_rank(model, setting, int(each.argmax())),
+        most,
         NUMBER * int(each.sum()) + setting.ranks * alike,
         sum(2 * NUMBER * flat.numel + NUMBER for flat in flats),
-        all_reduces,
-        exchanges,
-        sum(each.rows for each in sums),
-        sum(spread.cut_columns for flat in flats for spread in flat.spreads),
-        sent + sent_by_half_ring(sum(map(sum, exchanges)), setting.ranks),
-        NUMBER * sum(map(_between_holders, flats)) / setting.ranks,
+        cut_rows,
+        cut_columns,
+        most.sent(setting.ranks),
+        most.sent(setting.ranks) - sum(most.sizes("holders")) + sent_by_all_reduce(added, setting.ranks),
         gradients,
         sent_by_half_ring(gradients, setting.ranks),
     )
@@ -155,12 +164,15 @@ def forecast(model: Model, setting: Setting) -> Forecast:
 def forecast_of_rank(model: Model, setting: Setting, rank: int) -> RankForecast:
     """What one rank has; without a look at the others."""
     flats = model.partitions(setting)
+    layouts = [flat.layout(rank, setting.ranks) for flat in flats]
     pieces = [piece for flat in flats for piece in flat.pieces(rank)]
     entries = state_sizes(list(pieces), model.kinds)
     shared_rows = 0
     for piece in pieces:
         partial = sum(block.cols < piece.cols for block in piece.blocks())
         shared_rows += partial if has_rows(model.kinds[piece.key]) else 0
+    plans = [_plan(flat.numel, layout, model.kinds) for flat, layout in zip(flats, layouts, strict=True)]
+    waves = [[wave for bucket in plan.buckets for wave in bucket.waves] for plan in plans]
     names = [original.name for original in model.originals]
     first, last = (pieces[0], pieces[-1]) if pieces else (None, None)
     return RankForecast(
@@ -168,42 +180,25 @@ def forecast_of_rank(model: Model, setting: Setting, rank: int) -> RankForecast:
         sum(flat.numel for flat in flats),
         len(pieces),
         {key: NUMBER * count for key, count in entries.items()} | _alike(flats, setting.momentum),
-        NUMBER * sum(_workspace(flat, rank) for flat in flats),
+        sum(tensor.nbytes for plan in plans for bucket in plan.buckets for tensor in bucket.staying),
+        [[(kind, NUMBER * count) for wave in some for kind, count in wave.moves] for some in waves],
         shared_rows,
         (names[first.key], first.start) if first else None,
         (names[last.key], last.start + last.length - 1) if last else None,
     )
 
 
+def _plan(numel: int, layout: Layout, kinds: dict[int, str]) -> Plan:
+    """The plan of a real step, of a partition without memory."""
+    tensor = torch.empty(numel, device="meta")
+    member = Member(tensor, {}, layout, "partition", None, fused=False, capturable=False, master=False)
+    return Plan([member], kinds, agreed=True)
+
+
 def _alike(flats: Sequence[Flat], momentum: torch.dtype | None) -> dict[str, int]:
     """Bytes that every rank has, whatever its partition holds."""
     size = momentum.itemsize if momentum else 0
     return {"momentum": size * sum(flat.numel for flat in flats), "step": NUMBER * len(flats)}
-
-
-def _workspace(flat: Flat, rank: int) -> int:
-    """How many numbers: places in planes (plan._Bucket, travel.Travel), what a step begins with, and a buffer."""
-    sums = flat.sums
-    without_row = sum(spread.sums.means > 0 for spread in flat.spreads)  # travel.NO_ROW
-    mine = sum(spread.shares.share for spread in flat.spreads if spread.shares and spread.cut_columns)  # travel.SHARE
-    whole_rows = 0  # of parameters whose columns are cut
-    for piece in flat.pieces(rank):
-        spread = flat.spreads[piece.key - flat.keys.start]
-        if spread.cut_columns and has_rows(spread.kind):
-            whole_rows += sum(block.rows for block in piece.blocks() if block.cols == piece.cols)
-    begin = sums.added_up + without_row
-    return PLANES * (begin + sums.exchanged + mine + whole_rows) + begin + flat.gathered
-
-
-def _between_holders(flat: Flat) -> int:
-    """How many numbers go from a holder of a row, or of a parameter's columns, to the next one of it, and back."""
-    total = 0
-    for spread in flat.spreads:
-        total += 2 * spread.borders_inside_rows if has_rows(spread.kind) else 0
-        if spread.cut_columns:
-            back = spread.planes if spread.shares else 1
-            total += ((1 + back) * spread.cols + 2 * spread.sums.means) * len(spread.borders)
-    return total
 
 
 def as_json(found: Forecast | RankForecast) -> dict[str, Any]:

@@ -16,36 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..sharding import Original, Piece
-from ..sharding.layout import Cut
+from ..sharding import Cut, Layout, Original, Piece
 from ..state import has_columns, has_rows
 
 STATE = ("row_moment", "column_moment", "decay")  # as state.state_sizes has them
 
 
-class Sums(NamedTuple):
-    """How many numbers ranks add up, of a parameter or of a partition.
-
-    Attributes:
-        rows, columns: sums of them in the all-reduce. means: what is there for means of columns in shares.
-        exchanged: columns in shares: they go to the ranks that keep them, and come back. With zeros, as all are alike.
-    """
-
-    rows: int
-    columns: int
-    means: int
-    exchanged: int
-
-    @property
-    def added_up(self) -> int:
-        """In the one all-reduce."""
-        return self.rows + self.columns + self.means
-
-
 class Spread(NamedTuple):
     """An R x C parameter over ranks: `owner` has its first `first` elements, each rank after it the next `share`.
 
-    The last one has what is left. `kind`: the moments that the parameter really has. `sharers`: as Cut has them.
+    The last one has what is left. `kind`: the moments that the parameter really has. `everybody`: as Cut has it.
     """
 
     rows: int
@@ -54,7 +34,7 @@ class Spread(NamedTuple):
     owner: int
     first: int
     share: int
-    sharers: int = 0
+    everybody: int = 0
 
     @property
     def numel(self) -> int:
@@ -91,7 +71,7 @@ class Spread(NamedTuple):
 
     @property
     def cut_rows(self) -> int:
-        """How many rows lie on more than one rank: the length of sharding.cut_rows(rows, cols, borders)."""
+        """How many rows lie on more than one rank."""
         if self.share < self.cols:  # no row is without a border
             return self.rows if self.borders else 0
         return self.borders_inside_rows  # each is in a row of its own
@@ -101,24 +81,9 @@ class Spread(NamedTuple):
         """How many columns lie on more than one rank: all of them, or none."""
         return self.cols if has_columns(self.kind) and self.borders else 0
 
-    @property
-    def shares(self) -> Cut | None:
-        """What says which rank keeps which columns (its borders are not told); None: each has those that it touches."""
-        return Cut(0, self.rows, self.cols, (), self.sharers) if self.sharers and self.borders else None
-
-    @property
-    def planes(self) -> int:
-        """In how many planes of the workspace its columns come back: travel.Travel.shares."""
-        return 2 if self.kind == "column" else 1
-
-    @property
-    def sums(self) -> Sums:
-        """What travel.Travel takes for it."""
-        rows = self.cut_rows if has_rows(self.kind) else 0
-        if self.shares is None or not self.cut_columns:
-            return Sums(rows, self.cut_columns, 0, 0)
-        means = 2 if self.kind == "factored" else 0
-        return Sums(rows, 0, means, self.sharers * self.shares.share)
+    def cut(self, key: int) -> Cut | None:
+        """What sharding.zero finds; None: one rank has it."""
+        return Cut(key, self.rows, self.cols, self.borders, self.owner, self.everybody) if self.borders else None
 
 
 @dataclass(frozen=True)
@@ -145,20 +110,16 @@ class Flat:
         for key, spread in zip(self.keys, self.spreads, strict=True):
             start, length = spread.held(rank)
             if length:
-                share = spread.shares.share_of(rank) if spread.shares else None
+                cut = spread.cut(key)
+                share = cut.share_of(rank) if cut else None
                 result.append(Piece(key, spread.rows, spread.cols, start, length, offset, share))
             offset += spread.share if self.padded_each else length
         return result
 
-    @property
-    def sums(self) -> Sums:
-        """What ranks add up in one call of step()."""
-        return Sums(*map(sum, zip(*(spread.sums for spread in self.spreads), strict=True)))
-
-    @property
-    def gathered(self) -> int:
-        """How many numbers come back of the columns in shares."""
-        return self.sums.exchanged * max(spread.planes for spread in self.spreads)
+    def layout(self, rank: int, ranks: int) -> Layout:
+        """What sharding.zero finds on one rank. Its process group is a word."""
+        cuts = [cut for key, each in zip(self.keys, self.spreads, strict=True) if (cut := each.cut(key))]
+        return Layout(list(self.pieces(rank)), ("ranks",), ("ranks",), cuts, rank, ranks)
 
 
 def partitions(
@@ -217,12 +178,12 @@ def entries_of_all(flats: Sequence[Flat], ranks: int) -> dict[str, Tensor]:
             starts = torch.cat([ends.new_zeros(1), ends[:-1]])
             rows[holders] += times * ((ends + spread.cols - 1) // spread.cols - starts // spread.cols)
         if has_columns(spread.kind):
-            if spread.shares is None:
-                mine = torch.zeros(ranks, dtype=torch.int64)
+            cut, mine = spread.cut(0), torch.zeros(ranks, dtype=torch.int64)
+            if cut is None:
                 mine[holders] = spread.cols
             else:
-                share = spread.shares.share
-                mine = (spread.cols - share * torch.arange(ranks)).clamp_(0, share)
+                sharers = slice(cut.sharers.start, cut.sharers.stop)
+                mine[sharers] = (spread.cols - cut.share * torch.arange(len(cut.sharers))).clamp_(0, cut.share)
             columns += times * mine
             if not has_rows(spread.kind):
                 alone += times * mine

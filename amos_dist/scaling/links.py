@@ -73,6 +73,11 @@ def half_ring(size: int, ranks: int, link: Link) -> float:
     return (ranks - 1) * link.latency + sent_by_half_ring(size, ranks) / link.bandwidth if ranks > 1 else 0.0
 
 
+def to_few(size: int, link: Link) -> float:
+    """Seconds of what goes to a few other ranks, all at once: size is what this one sends."""
+    return link.latency + size / link.bandwidth
+
+
 def sent_by_all_reduce(size: int, ranks: int) -> float:
     """Bytes that each rank sends, on a ring."""
     return 2 * sent_by_half_ring(size, ranks)

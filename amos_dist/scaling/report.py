@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .forecast import Forecast, RankForecast, as_json
-from .links import Link, all_reduce, half_ring
+from .links import Link, all_reduce, half_ring, to_few
 
 
 def sized(size: float) -> str:
@@ -41,12 +41,13 @@ def tables(found: Sequence[Forecast], links: Sequence[Link]) -> str:
         "workspace": lambda one: sized(one.most.workspace),
     }
     sent: dict[str, Callable[[Forecast], str]] = {
-        "all-reduces": lambda one: str(len(one.all_reduces)),
-        "of": lambda one: sized(sum(one.all_reduces)),
-        "exchanged": lambda one: sized(sum(map(sum, one.exchanges))),
+        "collectives": lambda one: str(sum(map(len, one.most.collectives))),
+        "all-reduced": lambda one: sized(sum(one.most.sizes("all_reduce"))),
+        "exchanged": lambda one: sized(sum(one.most.sizes("scatter", "gather"))),
+        "to holders": lambda one: sized(sum(one.most.sizes("holders"))),
         "cut rows": lambda one: str(one.cut_rows),
         "sent": lambda one: sized(one.sent),
-        "by holders": lambda one: sized(one.sent_by_holders),
+        "by everybody": lambda one: sized(one.sent_by_everybody),
         "gradients": lambda one: sized(one.sent_of_gradients),
         "sent / gradients": lambda one: f"{one.sent / one.sent_of_gradients:.2g}" if one.sent_of_gradients else "",
     }
@@ -55,19 +56,19 @@ def tables(found: Sequence[Forecast], links: Sequence[Link]) -> str:
     return f"{_table(found, held)}\n\n{_table(found, sent)}"
 
 
-def all_reduce_seconds(one: Forecast, link: Link) -> float:
-    """Of a step's all-reduces, one after the other."""
-    return sum(all_reduce(size, one.setting.ranks, link) for size in one.all_reduces)
-
-
-def exchange_seconds(one: Forecast, link: Link) -> float:
-    """Of its reduce-scatters and all-gathers of columns."""
-    return sum(half_ring(size, one.setting.ranks, link) for sizes in one.exchanges for size in sizes)
+def seconds_by_kind(one: Forecast, link: Link) -> dict[str, float]:
+    """Of a step's collectives, one after the other."""
+    ranks, sizes = one.setting.ranks, one.most.sizes
+    return {
+        "all_reduces": sum(all_reduce(size, ranks, link) for size in sizes("all_reduce")),
+        "exchanges": sum(half_ring(size, ranks, link) for size in sizes("scatter", "gather")),
+        "holders": sum(to_few(size, link) for size in sizes("holders")),
+    }
 
 
 def seconds(one: Forecast, link: Link) -> float:
-    """Of both, one after the other."""
-    return all_reduce_seconds(one, link) + exchange_seconds(one, link)
+    """Of all of them."""
+    return sum(seconds_by_kind(one, link).values())
 
 
 def gradient_seconds(one: Forecast, link: Link) -> float:
@@ -95,10 +96,11 @@ def _table(found: Sequence[Forecast], columns: dict[str, Callable[[Forecast], st
 
 NOTES = """\
 state: of the rank that holds the most, beside the float32 partition itself, which Adam needs as well.
-workspace: sums of what is cut, which stay from step to step.
-all-reduces: of one optimizer step, and what they add up. cut rows: rows that lie on more than one rank.
-exchanged: columns of which each rank keeps a share: what a reduce-scatter adds up and an all-gather brings back.
-sent: by each rank in these, on rings. by holders: if only the ranks that hold a part of it added it up.
+workspace: sums of what is cut, and buffers, which stay from step to step.
+collectives: of one optimizer step. all-reduced: what is added up over all ranks. exchanged: columns of which each rank
+keeps a share: what reduce-scatters add up and all-gathers bring back. to holders: what that rank sends to those that
+hold a part of the same rows or parameters. cut rows: rows that lie on more than one rank.
+sent: in all of these, on rings. by everybody: if all ranks added up what few of them hold.
 gradients: sent by each rank in their reduce-scatter. Times: on paper, by bandwidth and latency; not measured."""
 
 
@@ -126,11 +128,7 @@ def write_json(
     rows = []
     for i, one in enumerate(found):
         times = {
-            link.name: {
-                "all_reduces": all_reduce_seconds(one, link),
-                "exchanges": exchange_seconds(one, link),
-                "gradients": gradient_seconds(one, link),
-            }
+            link.name: seconds_by_kind(one, link) | {"gradients": gradient_seconds(one, link)}
             for link in links
             if link.joins(one.setting.ranks)
         }

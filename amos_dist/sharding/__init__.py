@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from . import dtensor, whole, zero
+from .holders import Holders, Shared
 from .layout import Cut, Layout, Original
-from .piece import Block, Piece, Tile, cut_rows
+from .piece import Block, Piece, Tile
 from .reduce import Pending, Reduction, disagreement, joined, neighbours
 from .shares import Shares
 from .whole import followers
@@ -14,14 +15,15 @@ from .whole import followers
 __all__ = [
     "Block",
     "Cut",
+    "Holders",
     "Layout",
     "Original",
     "Pending",
     "Piece",
     "Reduction",
+    "Shared",
     "Shares",
     "Tile",
-    "cut_rows",
     "disagreement",
     "followers",
     "joined",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,27 +16,53 @@ from .piece import Piece, Tile
 
 @dataclass(frozen=True)
 class Cut:
-    """A parameter of which several ranks hold pieces.
+    """A parameter of which several ranks hold pieces, in their order; of its columns' state each keeps a share.
 
     Attributes:
-        borders: the elements at which a piece but the first begins.
-        sharers: the ranks that keep a share of its columns' state each; 0: every rank keeps that of all columns.
+        borders: the elements at which a piece but the first begins, ascending; a range where all are as long.
+        first: the rank that holds the first element.
+        everybody: how many ranks the group has, where all of them keep a share; 0: those that hold an element do.
     """
 
     key: int
     rows: int
     cols: int
-    borders: tuple[int, ...]
-    sharers: int = 0
+    borders: Sequence[int]
+    first: int = 0
+    everybody: int = 0
+
+    @property
+    def holders(self) -> range:
+        """The ranks that hold elements."""
+        return range(self.first, self.first + len(self.borders) + 1)
+
+    def holders_of_row(self, row: int) -> range:
+        """The ranks that hold elements of a row."""
+        begin, last = row * self.cols, (row + 1) * self.cols - 1
+        return range(self.first + bisect_right(self.borders, begin), self.first + bisect_right(self.borders, last) + 1)
+
+    @property
+    def most_holders_of_a_row(self) -> int:
+        """No row has more."""
+        borders = self.borders
+        some = borders[:2] if isinstance(borders, range) else borders  # of a range all are as far apart
+        apart = min((b - a for a, b in itertools.pairwise(some)), default=self.cols)
+        return 1 + min(len(borders), -(-self.cols // apart))
+
+    @property
+    def sharers(self) -> range:
+        """The ranks that keep a share of its columns' state each."""
+        return range(self.everybody) if self.everybody else self.holders
 
     @property
     def share(self) -> int:
         """The number of columns in a share, but for the last ones, which may have fewer."""
-        return -(-self.cols // self.sharers)
+        return -(-self.cols // len(self.sharers))
 
     def share_of(self, rank: int) -> range:
         """The columns whose state this rank keeps."""
-        return range(min(self.cols, rank * self.share), min(self.cols, (rank + 1) * self.share))
+        begin = (rank - self.sharers.start) * self.share
+        return range(min(self.cols, begin), min(self.cols, begin + self.share))
 
 
 @dataclass
@@ -42,6 +71,7 @@ class Layout:
     pieces: the parts of parameters that the tensor holds, in order of their offset; of a DTensor one tile.
     groups: the process groups over which the cut parameters are spread; none: this process holds them whole.
     cuts: of a flat partition, which has one group: the same list, in the same order, on every rank, whatever it holds.
+    rank, ranks: of a flat partition: which of the group's ranks this one is, and how many there are.
     fellows: those whose ranks agree before the first step: `groups`, and where they are replicas of each other.
     row_groups, column_groups: of a tile: those of `groups` over which the sums of its rows, of its columns are added.
     fault: why the layout cannot be trusted, "" if it can. Every rank learns of it before the first step.
@@ -52,6 +82,8 @@ class Layout:
     groups: tuple[Any, ...] = ()
     fellows: tuple[Any, ...] = ()
     cuts: list[Cut] = field(default_factory=list)
+    rank: int = 0
+    ranks: int = 1
     row_groups: tuple[Any, ...] = ()
     column_groups: tuple[Any, ...] = ()
     fault: str = ""

@@ -126,8 +126,3 @@ class Tile:
         if not self.touched_rows * self.touched_cols:
             return []
         return [Block(0, 0, 0, self.touched_rows, self.touched_cols)]
-
-
-def cut_rows(rows: int, cols: int, borders: list[int]) -> list[int]:
-    """The rows of a parameter that a border runs through. borders: the elements at which a piece begins."""
-    return sorted({border // cols for border in borders if 0 < border < rows * cols and border % cols})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,17 @@ class Pending:
             self.work.wait()
         if self.reached is not self.tensor:
             self.tensor.copy_(self.reached)
+
+
+class Adding:
+    """A collective that is under way, and what is left to do with its result."""
+
+    def __init__(self, pending: Pending, then: Callable[[], None]) -> None:
+        self._pending, self._then = pending, then
+
+    def wait(self) -> None:
+        self._pending.wait()
+        self._then()
 
 
 def neighbours(sections: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -93,13 +93,14 @@ def _stage3(flat: torch.Tensor, zero: Any, everywhere: list[Original]) -> Layout
                 "Put the parameters of each process group into a parameter group of their own."
             )
         group = param.ds_process_group
-        layout.groups = layout.fellows = (group,)
         n, rank, ranks = param.partition_numel(), dist.get_rank(group), dist.get_world_size(group)
+        layout.groups = layout.fellows = (group,)
+        layout.rank, layout.ranks = rank, ranks
         start, length = rank * n, max(0, min(n, original.numel - rank * n))
         share = None
-        borders = tuple(range(n, min(n * ranks, original.numel), max(1, n)))  # 0: a parameter without elements
+        borders = range(n, min(n * ranks, original.numel), max(1, n))  # 0: a parameter without elements
         if borders:
-            layout.cuts.append(Cut(original.key, original.rows, original.cols, borders, sharers=ranks))
+            layout.cuts.append(Cut(original.key, original.rows, original.cols, borders, everybody=ranks))
             share = layout.cuts[-1].share_of(rank)
         if length:  # where there is no element, there is no share either: r ceil(C/n) < C means r ceil(RC/n) < RC
             layout.pieces.append(Piece(original.key, original.rows, original.cols, start, length, offset, share))
@@ -118,23 +119,25 @@ def _stage12(flat: torch.Tensor, flattened: list[Original]) -> Layout:
     group = flattened[0].param._dp_group  # type: ignore[attr-defined]
     rank, size = dist.get_rank(group), flat.numel()
     base = min(original.param.data_ptr() for original in flattened)
-    layout, checks = Layout([], (group,), (group,)), []
+    layout, checks = Layout([], (group,), (group,), rank=rank, ranks=dist.get_world_size(group)), []
     for original in sorted(flattened, key=lambda o: o.param.data_ptr()):
         param = original.param
         param.get_full_hp_param = functools.partial(_gathered, original)  # type: ignore[attr-defined]
         begin = (param.data_ptr() - base) // param.element_size()
-        if begin + original.numel > size * dist.get_world_size(group):
+        if begin + original.numel > size * layout.ranks:
             # Addresses differ from rank to rank then: nothing that depends on them may reach the all-reduce.
             return Layout([], (group,), (group,), fault=_misplaced(original))
+        owner, share = begin // size, None
+        borders = range((owner + 1) * size - begin, original.numel, size)
+        if borders:
+            layout.cuts.append(Cut(original.key, original.rows, original.cols, borders, owner))
+            share = layout.cuts[-1].share_of(rank)
         first, last = max(begin, rank * size), min(begin + original.numel, (rank + 1) * size)
         if first < last:
             start, offset = first - begin, first - rank * size
-            layout.pieces.append(Piece(original.key, original.rows, original.cols, start, last - first, offset))
+            layout.pieces.append(Piece(original.key, original.rows, original.cols, start, last - first, offset, share))
             mapped = _maps(getattr(param, "_hp_mapping", None), start, last - first, offset)
             checks.append(_Check(original, offset, param.data.view(-1)[start : start + last - first], mapped))
-        borders = tuple(range((begin // size + 1) * size - begin, original.numel, size))
-        if borders:
-            layout.cuts.append(Cut(original.key, original.rows, original.cols, borders))
     layout.fault = _compare(flat, checks)
     return layout
 

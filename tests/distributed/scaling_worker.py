@@ -13,7 +13,6 @@ import deepspeed
 import torch
 
 from amos_dist.optimizer import Amos
-from amos_dist.sharding import cut_rows
 from amos_dist.state import has_rows
 from amos_dist.travel import ROWS
 from tests.distributed.harness import serve
@@ -49,26 +48,29 @@ def inside(base: Any, flats: list[torch.Tensor]) -> dict[str, Any]:
     """What the optimizer knows of the partitions."""
     layouts = [base._layouts[id(flat)][1] for flat in flats]
     buckets = [bucket for plans in base._plans.values() for plan in plans.values() for bucket in plan.buckets]
-    borders = [(cut, cut_rows(cut.rows, cut.cols, list(cut.borders))) for layout in layouts for cut in layout.cuts]
+    cuts = [cut for layout in layouts for cut in layout.cuts]
+    waves = [wave for bucket in buckets for wave in bucket.waves]
+    rows = [
+        [row for row in range(cut.rows) if len(cut.holders_of_row(row)) > 1]
+        for cut in cuts
+        if has_rows(base._kinds[cut.key])
+    ]
     return {
         "pieces": [[piece_told(piece) for piece in layout.pieces] for layout in layouts],
-        "cuts": [
-            [(cut.key, cut.rows, cut.cols, list(cut.borders), cut.sharers) for cut in layout.cuts] for layout in layouts
-        ],
-        "cut_rows": sum(len(rows) for cut, rows in borders if has_rows(base._kinds[cut.key])),
-        "sent_rows": sum(name[0] == ROWS for bucket in buckets for name in bucket.travel.places),
-        "workspace": sum(tensor.nbytes for bucket in buckets for tensor in staying(bucket)),
+        "cuts": [[cut_told(cut) for cut in layout.cuts] for layout in layouts],
+        "cut_rows": sum(map(len, rows)),
+        "sent_rows": sum(name[0] == ROWS for wave in waves for name in wave.travel.places),
+        "workspace": sum(tensor.nbytes for bucket in buckets for tensor in bucket.staying),
     }
+
+
+def cut_told(cut: Any) -> list[Any]:
+    return [cut.key, cut.rows, cut.cols, list(cut.borders), cut.first, cut.everybody]
 
 
 def piece_told(piece: Any) -> list[Any]:
     share = None if piece.share is None else [piece.share.start, piece.share.stop]
     return [piece.key, piece.start, piece.length, piece.offset, share]
-
-
-def staying(bucket: Any) -> list[torch.Tensor]:
-    """What an optimizer keeps from step to step, of what travels."""
-    return [bucket.shared_work, bucket.travel._start, *(shares._buffer for shares in bucket.shares)]
 
 
 if __name__ == "__main__":

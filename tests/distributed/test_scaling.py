@@ -11,14 +11,13 @@ import torch
 
 from amos_dist.models import Parameter
 from amos_dist.scaling.forecast import Model, Setting, forecast, forecast_of_rank
-from amos_dist.scaling.layout import Flat
-from amos_dist.sharding import Piece
+from amos_dist.sharding import Cut, Piece
 from tests.distributed.harness import run_cases
 from tests.distributed.model import Model as Trained
 
 WORKER = Path(__file__).with_name("scaling_worker.py")
 PARAMS = {"lr": 0.02, "beta": 0.95, "sigma": 0.3}
-KINDS = ("all_reduce", "scatter", "gather")  # as zero_worker.Counter names them
+SAME = {"all_to_all": "holders"}  # as zero_worker.Counter names them, and Wave.moves
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -76,13 +75,13 @@ def parametrized(adam: bool) -> pytest.MarkDecorator:
     )
 
 
+def told_of(cut: Cut) -> list[Any]:
+    return [cut.key, cut.rows, cut.cols, list(cut.borders), cut.first, cut.everybody]
+
+
 def told(piece: Piece) -> list[Any]:
     share = None if piece.share is None else [piece.share.start, piece.share.stop]
     return [piece.key, piece.start, piece.length, piece.offset, share]
-
-
-def counts(flat: Flat) -> tuple[int, int, int]:
-    return flat.sums.added_up, flat.sums.exchanged, flat.gathered
 
 
 @pytest.mark.timeout(550)
@@ -96,25 +95,13 @@ def test_every_rank_holds_and_sends_what_was_planned(ranks: int, wanted: dict[st
         assert got["state"] == {key: size for key, size in plan.state.items() if size}
         assert got["elements"] == [flat.numel for flat in flats]
         assert got["pieces"] == [[told(piece) for piece in flat.pieces(rank)] for flat in flats]
-        cuts = [
-            [
-                [key, s.rows, s.cols, list(s.borders), s.sharers]
-                for key, s in zip(flat.keys, flat.spreads, strict=True)
-                if s.borders
-            ]
-            for flat in flats
-        ]
+        cuts = [[told_of(cut) for cut in flat.layout(rank, ranks).cuts] for flat in flats]
         assert got["cuts"] == cuts
-        assert got["cut_rows"] == got["sent_rows"] == whole.cut_rows
-        # Each step: one call for each partition, at most one all-reduce and one exchange in each.
-        calls = [
-            [[kind, 4 * count] for kind, count in zip(KINDS, counts(flat), strict=True) if count] for flat in flats
-        ]
-        assert got["calls"] == 2 * calls
-        sent = [tuple(call) for some in got["calls"][: len(flats)] for call in some]
-        assert [size for kind, size in sent if kind == "all_reduce"] == whole.all_reduces
-        scattered, gathered = ([size for kind, size in sent if kind == which] for which in KINDS[1:])
-        assert list(zip(scattered, gathered, strict=True)) == whole.exchanges
+        assert got["cut_rows"] == whole.cut_rows
+        assert got["sent_rows"] == plan.shared_rows
+        # Each step: one call for each partition. Results come back after all sums.
+        calls = [[(SAME.get(kind, kind), size) for kind, size in some] for some in got["calls"]]
+        assert [sorted(some) for some in calls] == 2 * [sorted(some) for some in plan.collectives]
         assert got["workspace"] == plan.workspace
         total += sum(got["state"].values())
         largest = max(largest, sum(got["state"].values()))

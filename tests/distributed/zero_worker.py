@@ -2,7 +2,8 @@
 
 A case: {"name", "do": "train" or a function below, "stage", "dtype", "params": Amos's keywords,
 "zero": more of zero_optimization, "config": more of the JSON, "groups": two parameter groups, "init": zero.Init,
-"warmup": steps, "micro": batch of one pass, "steps"}.
+"warmup": steps, "micro": batch of one pass, "steps", "waves": how many waves of
+travelling sums there may be, however small}.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch.distributed as dist
 from torch import nn
 
 import amos_dist
-from amos_dist.sharding import shares
+from amos_dist import travel
+from amos_dist.sharding import holders, shares
 from tests.distributed.harness import complaint, received, relative, report
 from tests.distributed.model import Model, batch
 
@@ -141,9 +143,12 @@ def full_parameters(engine: Any) -> dict[str, torch.Tensor]:
 
 
 class Counter:
-    """Counts what step() sends: for each step the kinds of its collectives and their bytes, of all ranks together."""
+    """Counts what step() sends: for each step the kinds of its collectives and their bytes.
 
-    PLACES = ((dist, "all_reduce"), (shares, "_scatter"), (shares, "_gather"))
+    Of all ranks together; of an all-to-all what this rank sends.
+    """
+
+    PLACES = ((dist, "all_reduce"), (shares, "_scatter"), (shares, "_gather"), (holders, "_all_to_all"))
 
     def __init__(self) -> None:
         self.calls: list[list[tuple[str, int]]] = []
@@ -157,7 +162,7 @@ class Counter:
             real = [(module, name, getattr(module, name)) for module, name in counted.PLACES]
 
             def count(kind: str, collective: Any, *tensors: torch.Tensor, **more: Any) -> Any:
-                size = max(tensor.nbytes for tensor in tensors)
+                size = tensors[1].nbytes if kind == "_all_to_all" else max(tensor.nbytes for tensor in tensors)
                 counted.calls[-1].append((kind.strip("_"), size))
                 return collective(*tensors, **more)
 
@@ -173,6 +178,16 @@ class Counter:
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
+    usual = travel.MOST_WAVES, travel.LEAST_NUMBERS, travel.LEAST_FOR_A_RANK
+    if "waves" in case:
+        travel.MOST_WAVES, travel.LEAST_NUMBERS, travel.LEAST_FOR_A_RANK = case["waves"], 1, 0
+    try:
+        return _run(case)
+    finally:
+        travel.MOST_WAVES, travel.LEAST_NUMBERS, travel.LEAST_FOR_A_RANK = usual
+
+
+def _run(case: dict[str, Any]) -> dict[str, Any]:
     ranks = dist.get_world_size()
     micro = case.get("micro", 2)
     size = case.get("size", 12 * micro)

@@ -19,7 +19,7 @@ from hypothesis import given
 from torch import Tensor
 
 from amos_dist import Amos, checkpoint, optimizer
-from amos_dist.sharding import Layout, Piece, reduce
+from amos_dist.sharding import Layout, Piece, holders, reduce
 from amos_dist.sharding.layout import Cut
 
 from ..conftest import relative_error
@@ -91,7 +91,15 @@ class Distributed:
 class Sum:
     """Stands for reduce.Pending."""
 
-    def __init__(self, tensor: Tensor, group: Group) -> None:
+    def __init__(self, tensor: Tensor, group: Group, collective: Any = None, *given: Tensor) -> None:
+        if collective is not None:
+            assert collective.func is holders._all_to_all
+            sizes = collective.keywords
+            sent = group.exchange((given[0].clone(), sizes["input_split_sizes"]))
+            parts = [each.split(some)[group.own.rank] for each, some in sent]
+            assert [part.numel() for part in parts] == sizes["output_split_sizes"]
+            tensor.copy_(torch.cat(parts))
+            return
         parts = group.exchange(tensor.clone())
         assert len({part.shape for part in parts}) == 1
         tensor.copy_(torch.stack(parts).sum(0))
@@ -126,7 +134,11 @@ def borders(draw: Random, sizes: list[int], ranks: int) -> list[int]:
         places = list(range(min(total, 9) + 1))
     else:
         places = list(range(total + 1))
-    return [0, *sorted(draw.choice(places) for _ in range(ranks - 1)), total]
+    # Only the first ranks or the last ones may have nothing.
+    inside = sorted(draw.sample(places, min(len(places), ranks - 1)))
+    empty = ranks - 1 - len(inside)
+    first = draw.randint(0, empty)
+    return [0] * (1 + first) + inside + [total] * (1 + empty - first)
 
 
 class Partition:
@@ -134,18 +146,19 @@ class Partition:
 
     def __init__(self, amos: Amos, number: int, group: Group, rank: int, cuts: list[int], padding: int) -> None:
         self.cut = slice(cuts[rank], cuts[rank + 1])
-        self.layout = Layout([], (group,), (group,))
+        self.layout = Layout([], (group,), (group,), rank=rank, ranks=group.size)
         begin = 0
         for original in (o for o in amos._originals if o.group == number):
             first, last = max(begin, self.cut.start), min(begin + original.numel, self.cut.stop)
             size = original.rows, original.cols
-            if first < last:
-                self.layout.pieces.append(
-                    Piece(original.key, *size, first - begin, last - first, first - self.cut.start)
-                )
-            inside = tuple(dict.fromkeys(b - begin for b in cuts[1:-1] if begin < b < begin + original.numel))
+            inside, share = tuple(b - begin for b in cuts[1:-1] if begin < b < begin + original.numel), None
             if inside:
-                self.layout.cuts.append(Cut(original.key, *size, inside))
+                owner = sum(border <= begin for border in cuts[1:-1])
+                self.layout.cuts.append(Cut(original.key, *size, inside, owner))
+                share = self.layout.cuts[-1].share_of(rank)
+            if first < last:
+                start, offset = first - begin, first - self.cut.start
+                self.layout.pieces.append(Piece(original.key, *size, start, last - first, offset, share))
             begin += original.numel
         params = amos.param_groups[number]["params"]
         self.flat = self.part([p.detach() for p in params], padding)

@@ -8,7 +8,6 @@ import math
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,7 @@ from amos_dist.scaling import links
 from amos_dist.scaling.forecast import Model, Setting, forecast, forecast_of_rank
 from amos_dist.scaling.layout import Flat, Spread, entries_of_all
 from amos_dist.scaling.report import sized, timed
-from amos_dist.sharding import Layout, cut_rows
-from amos_dist.sharding.layout import Cut
 from amos_dist.state import state_sizes
-from amos_dist.travel import COLUMNS, NO_ROW, OLD, ROWS, SHARE, SQUARES, Space, Travel
 
 EXAMPLES = hypothesis_settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
@@ -42,35 +38,17 @@ def spreads(draw: st.DrawFn) -> Spread:
     first = draw(st.integers(1, share))
     kind, owner = draw(st.sampled_from(("row", "column", "factored"))), draw(st.integers(0, 3))
     spread = Spread(rows, cols, kind, owner, first, share)
-    return spread._replace(sharers=draw(st.sampled_from((0, spread.holders.stop, spread.holders.stop + 2))))
+    return spread._replace(everybody=draw(st.sampled_from((0, spread.holders.stop, spread.holders.stop + 2))))
 
 
 @EXAMPLES
 @given(spreads())
 def test_what_borders_cut(spread: Spread) -> None:
-    """By the functions with which a step is really planned, which walk along the borders."""
-    borders = list(spread.borders)
-    assert spread.cut_rows == len(cut_rows(spread.rows, spread.cols, borders))
+    """By walking along the borders."""
+    borders, cut = list(spread.borders), spread.cut(7)
     assert spread.borders_inside_rows == sum(border % spread.cols > 0 for border in borders)
-    cuts = [Cut(7, spread.rows, spread.cols, tuple(borders), spread.sharers)] if borders else []
-    space = Space()
-    travel = Travel([Layout([], ("group",), ("group",), cuts)], {7: spread.kind}, space)
-    sizes, sums = sizes_of(travel, space), spread.sums
-    assert (sums.rows, sums.columns + sums.exchanged) == (sizes[ROWS], sizes[COLUMNS])
-    assert not (sums.exchanged if sizes[SHARE] == 0 else sums.columns)
-    assert sums.means == sizes[OLD] + sizes[SQUARES] == 2 * sizes[NO_ROW]
-    assert sums.exchanged == sizes[SHARE] * spread.sharers
-    assert sums.added_up + sums.exchanged == travel.numbers_of("group")
-
-
-def sizes_of(travel: Travel, space: Space) -> Counter[str]:
-    """How many numbers there are of each sort."""
-    places = sorted((begin, name) for name, begin in travel.places.items())
-    ends = [*(begin for begin, _ in places), space.used][1:]
-    sizes: Counter[str] = Counter()
-    for (begin, (name, *_)), end in zip(places, ends, strict=True):
-        sizes[name] += end - begin
-    return sizes
+    assert spread.cut_rows == len({border // spread.cols for border in borders if border % spread.cols})
+    assert (cut is None) == (not borders) and (cut is None or cut.holders == spread.holders)
 
 
 @EXAMPLES
@@ -106,28 +84,36 @@ def test_against_brute_force(shapes: list[tuple[int, int]], zero: int, ranks: in
     model = Model([[Parameter(str(i), shape) for i, shape in enumerate(shapes)]], kind)
     setting = Setting(zero, ranks, sub_group_size=most)
     state, shared, whole = [0] * ranks, [0] * ranks, forecast(model, setting)
-    rows_cut = columns_cut = columns_kept = steps = means = scattered = 0
+    rows_cut = columns_cut = means = rows_of_all = scattered = 0
+    sent = [0] * ranks  # to those that hold a part of the same
     planes = 2 if kind == "column" else 1  # what comes back of a column in a share
     for (rows, cols), mine in zip(shapes, owners(shapes, zero, ranks), strict=True):
         rows, cols = {"full": (rows * cols, 1), "scalar": (1, rows * cols)}.get(kind, (rows, cols))
         by_row = [set(mine[row * cols : (row + 1) * cols]) for row in range(rows)] if kind != "column" else []
+        holders = sorted(set(mine))
         by_column = [set(mine)] * cols if kind in ("factored", "column") else []
         rows_cut += sum(len(some) > 1 for some in by_row)
         columns_cut += sum(len(some) > 1 for some in by_column)
-        in_shares = zero == 3 and any(len(some) > 1 for some in by_column)
-        steps += sum(2 * len(some) - 2 for some in by_row)
-        steps += sum((1 + planes if in_shares else 2) * (len(some) - 1) for some in by_column)
-        if in_shares:
-            each = math.ceil(cols / ranks)
-            scattered += ranks * each
-            means += 2 if by_row else 0
-            steps += 4 * (len(set(mine)) - 1) if by_row else 0
-            by_column = [{column // each} for column in range(cols)]
-            columns_cut -= cols
-            columns_kept += cols
+        # By all, where a row may be on more than 8 ranks: the elements that a rank has bound it.
+        length = min((mine.count(rank) for rank in holders[1:-1]), default=mine.count(holders[0]))
+        many = 1 + min(len(holders) - 1, math.ceil(cols / length)) > 8
         for some in by_row:
+            rows_of_all += many and len(some) > 1
             for rank in some:
                 shared[rank] += len(some) > 1
+                sent[rank] += 0 if many else len(some) - 1
+        if by_column and len(holders) > 1:
+            keepers = range(ranks) if zero == 3 else holders
+            each = math.ceil(cols / len(keepers))
+            by_column = [{keepers[column // each]} for column in range(cols)]
+            if zero == 3:
+                scattered += ranks * each
+                means += 2 if by_row else 0
+            else:
+                for rank in holders:
+                    kept = sum(some == {rank} for some in by_column)
+                    sent[rank] += cols - kept + (2 * (len(holders) - 1) if by_row else 0)
+                    sent[rank] += planes * kept * (len(holders) - 1)
         # A moment and a decay for each row, or for each column where there are no rows.
         for some, numbers in ((by_row, 2), (by_column, 1 if by_row else 2)):
             for rank in itertools.chain(*some):
@@ -137,17 +123,17 @@ def test_against_brute_force(shapes: list[tuple[int, int]], zero: int, ranks: in
         found = forecast_of_rank(model, setting, rank)
         assert found.state_bytes == 4 * state[rank] + 4 * len(flats)
         assert found.shared_rows == shared[rank]
+        assert sum(found.sizes("all_reduce")) == 4 * (rows_of_all + means)
+        assert (sum(found.sizes("scatter")), sum(found.sizes("gather"))) == (4 * scattered, 4 * planes * scattered)
+        assert sum(found.sizes("holders")) == 4 * sent[rank]
+        by_all = (ranks - 1) / ranks * 4 * (2 * (rows_of_all + means) + (1 + planes) * scattered)
+        assert found.sent(ranks) == pytest.approx(by_all + 4 * sent[rank])
     assert whole.most.state_bytes == 4 * max(state) + 4 * len(flats)
     assert whole.state_of_all == 4 * sum(state) + 4 * len(flats) * ranks
-    assert (whole.cut_rows, whole.cut_columns) == (rows_cut, columns_cut + columns_kept)
-    assert sum(whole.all_reduces) == 4 * (rows_cut + columns_cut + means)
-    assert [sum(sizes) for sizes in zip(*whole.exchanges, strict=True)] == (
-        [4 * scattered, 4 * planes * scattered] if scattered else []
-    )
-    assert whole.sent == pytest.approx(
-        (ranks - 1) / ranks * (2 * sum(whole.all_reduces) + 4 * (1 + planes) * scattered)
-    )
-    assert whole.sent_by_holders == pytest.approx(4 * steps / ranks)
+    assert (whole.cut_rows, whole.cut_columns) == (rows_cut, columns_cut)
+    added = rows_cut + (columns_cut if zero < 3 else 0)
+    by_everybody = (ranks - 1) / ranks * 4 * (2 * (added + rows_of_all + means) + (1 + planes) * scattered)
+    assert whole.sent_by_everybody == pytest.approx(by_everybody)
     entries = entries_of_all(flats, ranks)
     for rank in range(ranks):
         pieces = [piece for flat in flats for piece in flat.pieces(rank)]
@@ -205,6 +191,7 @@ def test_times() -> None:
     assert links.all_reduce(10**9, 8, slow) == pytest.approx(14e-3 + 14 / 8)
     assert links.half_ring(10**9, 8, slow) == pytest.approx(7e-3 + 7 / 8)
     assert links.all_reduce(10**6, 1, slow) == links.half_ring(10**6, 1, slow) == links.all_reduce(0, 8, slow) == 0
+    assert links.to_few(10**6, slow) == pytest.approx(2e-3)
     assert links.sent_by_all_reduce(800, 8) == 2 * links.sent_by_half_ring(800, 8) == 1400
 
 
@@ -365,19 +352,22 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     one, plan = found["plans"][-1], forecast(model, Setting(3, 8, torch.bfloat16))
     assert (one["ranks"], one["zero"], one["moments"], one["momentum"]) == (8, 3, "row", "bfloat16")
     assert one["most"]["state"] == plan.most.state and one["most"]["state_bytes"] == plan.most.state_bytes
-    assert one["all_reduces"] == plan.all_reduces and one["cut_rows"] == plan.cut_rows
+    assert one["most"]["collectives"] == [[list(each) for each in some] for some in plan.most.collectives]
+    assert one["cut_rows"] == plan.cut_rows
     assert one["rank"]["state"] == forecast_of_rank(model, Setting(3, 8, torch.bfloat16), 1).state
     assert set(one["seconds"]) == {"far"}
-    assert one["seconds"]["far"]["all_reduces"] == pytest.approx(14 / 8 * sum(plan.all_reduces) / (1e9 / 8))
-    assert one["exchanges"] == [] and one["seconds"]["far"]["exchanges"] == 0
+    ((kind, few),) = one["most"]["collectives"][0]
+    assert kind == "holders" and one["seconds"]["far"]["holders"] == pytest.approx(few / (1e9 / 8))
+    assert one["seconds"]["far"]["all_reduces"] == one["seconds"]["far"]["exchanges"] == 0
     factored = next(
         each for each in found["plans"] if (each["zero"], each["moments"], each["ranks"]) == (3, "factored", 8)
     )
-    ((scattered, gathered),) = factored["exchanges"]
-    assert (
-        scattered == gathered == sum(4 * math.prod(shape[1:]) for _, shape in parameters_of("gpt2") if len(shape) > 1)
-    )
-    assert factored["seconds"]["far"]["exchanges"] == pytest.approx(7 / 8 * 2 * scattered / (1e9 / 8))
+    sizes = dict(factored["most"]["collectives"][0])
+    matrices = [shape for _, shape in parameters_of("gpt2") if len(shape) > 1]
+    assert sizes["scatter"] == sizes["gather"] == sum(4 * math.prod(shape[1:]) for shape in matrices)
+    assert sizes["all_reduce"] == 4 * 2 * len(matrices)
+    assert factored["seconds"]["far"]["exchanges"] == pytest.approx(7 / 8 * 2 * sizes["scatter"] / (1e9 / 8))
+    assert factored["seconds"]["far"]["all_reduces"] == pytest.approx(14 / 8 * sizes["all_reduce"] / (1e9 / 8))
     assert one["seconds"]["far"]["gradients"] == pytest.approx(7 / 8 * 2 * 124_439_808 / (1e9 / 8))
     assert not _has_matplotlib() or picture.read_bytes()[:4] == b"\x89PNG"
 
@@ -395,7 +385,7 @@ def test_nothing_travels_on_one_rank(monkeypatch: pytest.MonkeyPatch, capsys: py
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     headings = [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], lines[4])]
     assert "workspace" not in headings[0] and "momentum" not in headings[0]  # what nothing has, has no column
-    assert headings[1][:5] == ["ranks", "ZeRO", "moments", "all-reduces", "cut rows"]
+    assert headings[1][:5] == ["ranks", "ZeRO", "moments", "collectives", "cut rows"]
     assert [[cell.strip() for cell in line.split("|")[4:6]] for line in lines[6:]] == [["0", "0"]] * 2
 
 

@@ -7,9 +7,11 @@ import itertools
 import pytest
 import torch
 
+from amos_dist import travel
 from amos_dist.sharding import Cut, Layout, Tile, reduce
 from amos_dist.sharding.reduce import Reduction, joined, neighbours
 from amos_dist.travel import COLUMNS, SHARE, Space, Travel
+from amos_dist.wave import UNDER_WAY, settle, waves_of
 
 A, B, C, D = 2, 3, 5, 7  # process groups: adding up over one multiplies by its number
 SECTIONS = {
@@ -73,34 +75,91 @@ def tiles(*kinds: str) -> tuple[list[Layout], dict[int, str]]:
     ("kind", "over_a", "over_b"), [("row", 1, 1 + 4), ("column", 1 + 3, 1), ("factored", 1 + 3 + 1, 1 + 4 + 1 + 1)]
 )
 def test_what_travels_for_a_tile(kind: str, over_a: int, over_b: int) -> None:
-    travel = Travel(*tiles(kind, kind), Space())
-    assert (travel.numbers_of(A), travel.numbers_of(B)) == (2 * over_a, 2 * over_b)
-    assert all(len(ranges) == 1 for ranges in travel.ranges.values())
+    layouts, kinds = tiles(kind, kind)
+    found = Travel(layouts, kinds, Space(), flagged=layouts)
+    assert found.facts(A) == [f"{2 * over_a} numbers to be added up over ranks"]
+    assert found.facts(B) == [f"{2 * over_b} numbers to be added up over ranks"]
+    assert all(len(ranges) == 1 for ranges in found.ranges.values())
 
 
 def test_a_step_begins_with_zeros_and_flags() -> None:
-    travel = Travel(*tiles("factored", "row"), Space())
-    work = torch.full((3, travel.size), 7.0)
-    first, second = travel.flag(0), travel.flag(1)
+    layouts, kinds = tiles("factored", "row")
+    found = Travel(layouts, kinds, Space(), flagged=layouts)
+    work = torch.full((3, found.size), 7.0)
+    first, second = found.flag(0), found.flag(1)
     assert first is not None and second is not None
-    travel.begin(work, [second])
-    expected = torch.zeros(travel.size)
+    found.begin(work, [second])
+    expected = torch.zeros(found.size)
     expected[first] = 1
     assert torch.equal(work[0], expected)
     assert bool((work[1:] == 7).all())
 
 
 def test_shared_columns_begin_with_zeros() -> None:
-    layout = Layout([], ("ranks",), ("ranks",), [Cut(0, 3, 5, (8,), sharers=2)])
-    travel = Travel([layout], {0: "factored"}, Space())
-    work = torch.full((3, travel.size), 7.0)
-    travel.begin(work, [])
+    layout = Layout([], ("ranks",), ("ranks",), [Cut(0, 3, 5, (8,), everybody=2)])
+    found = Travel([layout], {0: "factored"}, Space())
+    work = torch.full((3, found.size), 7.0)
+    found.begin(work, [])
     assert not work[0].any()
-    whole, mine = travel.places[COLUMNS, 0, 0], travel.places[SHARE, 0, 0]
-    assert (mine - whole, travel.size - mine) == (6, 3)  # for two ranks three columns each
-    assert travel.numbers_of("ranks") == 3 + 6  # the cut row, two for the mean, the columns
+    whole, mine = found.places[COLUMNS, 0, 0], found.places[SHARE, 0, 0]
+    assert (mine - whole, found.size - mine) == (6, 3)  # for two ranks three columns each
+    assert found.facts("ranks")[0] == "2 numbers to be added up over ranks"  # for the mean
 
 
 def test_a_tile_is_one_block_or_none() -> None:
     assert [tuple(block) for block in Tile(0, 8, 6, 4, 3, 15).blocks()] == [(0, 0, 0, 4, 3)]
     assert Tile(0, 8, 6, 0, 3).blocks() == Tile(0, 8, 6, 4, 0).blocks() == []
+
+
+def test_ranks_that_cut_parameters_in_another_way_differ() -> None:
+    def facts(*cuts: Cut) -> list[str]:
+        return Travel([Layout([], ("ranks",), ("ranks",), list(cuts))], {0: "row"}, Space()).facts("ranks")
+
+    assert facts(Cut(0, 3, 5, (8,))) == facts(Cut(0, 3, 5, (8,)))
+    assert facts(Cut(0, 3, 5, (8,))) != facts(Cut(0, 3, 5, (9,)))
+
+
+@pytest.mark.parametrize(
+    "sizes", [[], [5], [0, 0], [1] * 100, [90, 1, 1, 1, 90, 1], [0, 7, 0, 0, 3, 3, 3, 3, 3, 3, 3, 3]]
+)
+@pytest.mark.parametrize("least", [1, 4, 1000])
+def test_few_waves_cover_all(sizes: list[int], least: int) -> None:
+    ranges = travel.split(sizes, least)
+    assert [i for begin, end in ranges for i in range(begin, end)] == list(range(len(sizes)))
+    assert len(ranges) <= travel.MOST_WAVES
+    assert all(sum(sizes[begin:end]) >= min(least, sum(sizes)) for begin, end in ranges[:-1])
+
+
+def test_more_ranks_take_fewer_waves() -> None:
+    """Of as many columns: what goes from rank to rank is not to be all latency."""
+    columns, kinds = 1 << 20, dict.fromkeys(range(16), "factored")
+
+    def count(ranks: int) -> int:
+        cuts = [
+            Cut(key, ranks, columns // 16, range(columns // 16, ranks * columns // 16, columns // 16), everybody=ranks)
+            for key in kinds
+        ]
+        return len(travel.waves([Layout([], ("ranks",), ("ranks",), cuts, ranks=ranks)], kinds))
+
+    assert [count(ranks) for ranks in (2, 64, 128, 256, 4096)] == [4, 4, 2, 1, 1]
+
+
+def test_waves_have_every_parameter_once_and_flags_in_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(travel, "LEAST_NUMBERS", 1)
+    monkeypatch.setattr(travel, "LEAST_FOR_A_RANK", 0)
+    layouts, kinds = tiles("factored", "row", "column")
+    parts = waves_of(layouts, kinds, everyone=(A,))
+    assert [sorted(part.keys) for part in parts] == [[0], [1], [2]]
+    assert [part.travel.flag(2) is not None for part in parts] == [True, False, False]
+    assert [part.travel.infinite is not None for part in parts] == [False, False, True]
+
+
+def test_waves_that_are_under_way_together_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(travel, "LEAST_NUMBERS", 1)
+    monkeypatch.setattr(travel, "LEAST_FOR_A_RANK", 0)
+    for at_once, different in ((True, 5), (False, UNDER_WAY)):
+        parts = waves_of(*tiles(*["row"] * 5), everyone=())
+        memory = settle(parts, torch.float32, torch.device("cpu"), at_once)
+        assert len(memory) == len({part.work.data_ptr() for part in parts}) == different
+        for i in range(5 - UNDER_WAY + 1):
+            assert len({part.work.data_ptr() for part in parts[i : i + UNDER_WAY]}) == UNDER_WAY
