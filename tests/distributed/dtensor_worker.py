@@ -32,6 +32,7 @@ import amos_dist
 from amos_dist.reference import amos_step
 from tests.distributed.dtensor_model import EXPERTS, batch, make_model, shard
 from tests.distributed.harness import complaint, relative, serve
+from tests.distributed.waves import in_waves
 
 warnings.filterwarnings("ignore")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -122,6 +123,7 @@ class Trainer:
         }
 
 
+@in_waves
 def train(case: dict[str, Any]) -> dict[str, Any]:
     sharded, alone = Trainer(case, case["way"]), Trainer(case, "none")
     for step in range(case["steps"]):
@@ -146,6 +148,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@in_waves
 def synthetic(case: dict[str, Any]) -> dict[str, Any]:
     """Parameters of given shapes and placements, whose gradients are made up, some of them missing on some ranks.
 
@@ -353,6 +356,7 @@ def lonely(case: dict[str, Any]) -> dict[str, Any]:
     return {"moved": moved, "stepped": [name for name, count in steps.items() if count], "calls": trainer.calls}
 
 
+@in_waves
 def scaled(case: dict[str, Any]) -> dict[str, Any]:
     """Gradients that are infinite in one step, on one rank, in what is cut in one way only; with GradScaler or not."""
     sharded, alone = Trainer(case, case["way"]), Trainer(case, "none")

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch import nn
 
 import amos_dist
-from amos_dist import travel
 from amos_dist.sharding import holders, shares
 from tests.distributed.harness import complaint, received, relative, report
 from tests.distributed.model import Model, batch
+from tests.distributed.waves import in_waves
 
 warnings.filterwarnings("ignore")
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -177,17 +177,8 @@ class Counter:
         base.step = step
 
 
+@in_waves
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    usual = travel.MOST_WAVES, travel.LEAST_NUMBERS, travel.LEAST_FOR_A_RANK
-    if "waves" in case:
-        travel.MOST_WAVES, travel.LEAST_NUMBERS, travel.LEAST_FOR_A_RANK = case["waves"], 1, 0
-    try:
-        return _run(case)
-    finally:
-        travel.MOST_WAVES, travel.LEAST_NUMBERS, travel.LEAST_FOR_A_RANK = usual
-
-
-def _run(case: dict[str, Any]) -> dict[str, Any]:
     ranks = dist.get_world_size()
     micro = case.get("micro", 2)
     size = case.get("size", 12 * micro)
