@@ -10,6 +10,7 @@ from . import reference
 from .checkpoint import full_state
 from .decay import IntegralDecay, InverseSquareDecay, InverseTimeDecay
 from .guidance import lr_for_half_life, suggest_lr, weight_decay_for
+from .monitor import Monitor
 from .ops import build_info
 from .optimizer import Amos
 from .relative_step import RelativeStep
@@ -22,6 +23,7 @@ __all__ = [
     "IntegralDecay",
     "InverseSquareDecay",
     "InverseTimeDecay",
+    "Monitor",
     "RelativeStep",
     "__version__",
     "build_info",

@@ -128,7 +128,15 @@ def _slots(state: Tensor, work: Tensor, rows: Rows) -> None:
                 work[0, places] = column_profile(v).rsqrt()
 
 
-def _update(param: Tensors, grad: Tensors, momentum: Tensors, low_param: Tensors, work: Tensor, rows: Rows) -> None:
+def _update(
+    param: Tensors,
+    grad: Tensors,
+    momentum: Tensors,
+    low_param: Tensors,
+    work: Tensor,
+    rows: Rows,
+    norms: Tensor | None,
+) -> None:
     for block, h in rows:
         theta, g = block.of(param), block.of(grad).to(work.dtype).clamp(-h.clip, h.clip) * h.grad_sign
         if block.moments == COLUMN:
@@ -145,6 +153,8 @@ def _update(param: Tensors, grad: Tensors, momentum: Tensors, low_param: Tensors
             m = block.of(momentum)
             step = h.momentum * m.to(work.dtype) + (1 - h.momentum) * step
             m.copy_(step)
+        if norms is not None:
+            norms[block.hyper] += torch.stack([each.double().square().sum() for each in (step, wide)])
         new = wide - step
         theta.copy_(_rounded(new, block, h) if h.seed >= 0 and theta.dtype == torch.bfloat16 else new)
         if low_param:
@@ -168,8 +178,9 @@ def update_(
     blocks: Tensor,
     hyper: Tensor,
     names: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> None:
-    _update(param, grad, momentum, low_param, work, _rows(blocks, hyper))
+    _update(param, grad, momentum, low_param, work, _rows(blocks, hyper), norms)
 
 
 def step_(
@@ -182,6 +193,7 @@ def step_(
     blocks: Tensor,
     hyper: Tensor,
     names: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> None:
     for block, h in _rows(blocks, hyper):  # one by one: blocks may share their places in the workspace
         places = work
@@ -193,4 +205,4 @@ def step_(
         row = [(block, h)]
         _sums(grad, places, row)
         _slots(state, places, row)
-        _update(param, grad, momentum, low_param, places, row)
+        _update(param, grad, momentum, low_param, places, row, norms)

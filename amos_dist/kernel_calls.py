@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from .sharding import dtensor
 from .state import FLOAT_STATE, WHOLE_STATE, State, compute_dtype
 from .tables import Blocks, Constants, Numbers, lines
 from .travel import Travel
+
+if TYPE_CHECKING:
+    from .monitor.probe import Probe
 
 ConstantsOf = Callable[[int, dict[str, Any]], Constants]
 
@@ -65,6 +68,7 @@ class Launch:
         self._addresses: list[int] = []
         self._masks: dict[tuple[bool, ...], Tensor] = {}
         self._versions: list[Any] = []  # of the parameters when they were last written here, where there are masters
+        self.probe: Probe | None = None  # of a monitor, in the steps that it looks at
 
     def leg(self, travel: Travel) -> Leg:
         """What it has of a wave; made where there is none yet."""
@@ -187,6 +191,7 @@ class Call:
         if launch.with_momentum:
             self.momentum = launch.locals_of([state["momentum"] for state in launch.states])
         self.hyper = launch.numbers.at(launch.steps)
+        self.norms = launch.probe.begin(launch) if launch.probe else None
 
     def _gradients(self) -> list[Tensor]:
         """Contiguous, of one dtype: the parameter's, or for float32 parameters a lower one that all gradients have."""
@@ -240,11 +245,11 @@ class Call:
         launch, changed = self.launch, (self.params, self.grads, self.momentum, self.low)
         if launch.local:
             blocks = launch.local.table(present)
-            launch.ops.step_(*changed, launch.state, self.local_work, blocks, self.hyper, launch.names)
+            launch.ops.step_(*changed, launch.state, self.local_work, blocks, self.hyper, launch.names, self.norms)
         if launch.twice:
             blocks = launch.twice.table(present)
             launch.ops.slots_(launch.state, self.kept_work, blocks, self.hyper, launch.names)
-            launch.ops.update_(*changed, self.kept_work, blocks, self.hyper, launch.names)
+            launch.ops.update_(*changed, self.kept_work, blocks, self.hyper, launch.names, self.norms)
 
     def join(self, work: Tensor) -> None:
         """Parameters that only other ranks have a gradient for are stepped with zeros: all ranks stay together.
@@ -280,7 +285,8 @@ class Call:
             if leg.cut_columns:
                 leg.cut_columns.mend(work, self.launch.state)
             launch, blocks = self.launch, leg.shared.table(self.present)
-            launch.ops.update_(self.params, self.grads, self.momentum, self.low, work, blocks, self.hyper, launch.names)
+            changed = (self.params, self.grads, self.momentum, self.low)
+            launch.ops.update_(*changed, work, blocks, self.hyper, launch.names, self.norms)
 
     def _slots(self, blocks: Blocks, work: Tensor) -> None:
         if blocks:
@@ -290,6 +296,8 @@ class Call:
     def count(self) -> None:
         """Steps taken; parameters that were not contiguous; versions for autograd."""
         launch, present = self.launch, self.present or [True] * len(self.tensors)
+        if launch.probe:
+            launch.probe.end(launch, self.present)
         if self.dense is not self.tensors:
             for tensor, dense, there in zip(self.tensors, self.dense, present, strict=True):
                 if there and not tensor.is_contiguous():

@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from .sharding import Layout, Original, dtensor, layout_of
 from .sharding.zero import link, original_shape
 from .state import own_memory, put_back
 from .tables import Constants
+
+if TYPE_CHECKING:
+    from .monitor import Monitor
 
 # Each is called with the optimizer that is being made, and returns None where its framework is not at work.
 LOOK_AROUND: list[Callable[[Optimizer], Surroundings | None]] = []
@@ -82,6 +85,8 @@ class Amos(Optimizer):
         TypeError, ValueError: an unknown keyword, a value out of range, a rule that matches nothing.
         RuntimeError: parameters that are sharded in an unknown way; at step(): sparse or complex gradients.
     """
+
+    monitor: Monitor | None = None  # see monitor/monitor.py; it is not saved
 
     def __init__(
         self,
@@ -255,7 +260,11 @@ class Amos(Optimizer):
             plan.agree(self._facts)
         if not plan.is_trial(self.state):
             found_inf = amp.unscaled(self, grads)
+            if self.monitor:
+                self.monitor.begin(plan)
             moved = plan.run(self.state, self._constants_of, found_inf)
+            if self.monitor:
+                self.monitor.end(plan, moved)
             if not moved and found_inf is None:
                 nonfinite.tell(plan.members, self.param_groups, is_first=not self.skipped_steps)
                 self.skipped_steps += 1
@@ -263,7 +272,8 @@ class Amos(Optimizer):
 
     def _facts(self, keys: Collection[int] | None) -> list[str]:
         chosen = [original for original in self._originals if keys is None or original.key in keys]
-        return facts_of(chosen, self._kinds, self._overrides, self.param_groups)
+        watched = self.monitor.fact() if self.monitor else "no monitor"
+        return [*facts_of(chosen, self._kinds, self._overrides, self.param_groups), watched]
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Schedulers and users change groups between steps: checks their values when they have changed."""

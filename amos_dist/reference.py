@@ -40,18 +40,22 @@ def effective_moments(shape: torch.Size | tuple[int, ...], moments: str, row_dim
     return moments
 
 
+def _root(x: float | Tensor) -> Any:
+    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
+
+
 def coefficients(
     G: Tensor,
     v: Tensor,
     b: Tensor,
     *,
-    lr: float,
-    sigma: float,
-    bias: float,
-    extra_l2: float,
-    c_coef: float,
-    d_coef: float,
-    eps: float,
+    lr: float | Tensor,
+    sigma: float | Tensor,
+    bias: float | Tensor,
+    extra_l2: float | Tensor,
+    c_coef: float | Tensor,
+    d_coef: float | Tensor,
+    eps: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What an entry of the state does to its elements: Delta = scale * sqrt(inv_v) * g + B * theta.
 
@@ -63,8 +67,8 @@ def coefficients(
         scale, B, inv_v (1 / v_hat) and the next b.
     """
     inv_v = bias / v.clamp(min=eps)
-    c = 1 / (1 + c_coef * math.sqrt(lr) * b).sqrt()
-    d = 1 / (1 + d_coef * math.sqrt(lr * sigma) * b)
+    c = 1 / (1 + c_coef * _root(lr) * b).sqrt()
+    d = 1 / (1 + d_coef * _root(lr * sigma) * b)
     gamma = c * lr**2 * (inv_v * G)
     return d * (lr * sigma), d * (gamma / 2 + extra_l2), inv_v, b + gamma * (1 + b)
 

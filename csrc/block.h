@@ -44,6 +44,7 @@ struct Block {
   void* row_moment;     // of this block's first row; null for `column`
   void* column_moment;  // of the parameter's first column; null for `row`
   void* decay;          // of this block's first row (`row`, `factored`) or the parameter's first column (`column`)
+  double* norms;        // two numbers, to which `update` and `step` add; see below. Null: not asked for
   int64_t rows, cols;
   int64_t row_count;     // elements in one whole row
   int64_t column_count;  // elements in one whole column
@@ -54,6 +55,11 @@ struct Block {
   int64_t hyper;  // its row of Hypers
   Moments moments;
 };
+
+// `norms`, for a monitor: the sum of squares of Delta, of what is taken from the parameter, momentum and all, before it
+// is rounded; then that of the parameter before the step (the master, where there is one). Added up in an order that
+// follows from the shapes alone, in the compute type for some thousand elements at a time, then in double. All blocks
+// of a call ask for them or none does, and those that add to the same place follow each other.
 
 // The types of all blocks in one call. `momentum` may be the compute type or bf16. low_param has the type of the
 // gradient, which is bf16 or f16 then, and the parameter is f32.

@@ -8,6 +8,8 @@
 //   work: 3 x n, see block.h.
 //   blocks: int64 [blocks, 16], on the CPU; the fields of a row are those of read_block below.
 //   hyper: float64 [parameters, 12], see block.h; on the CPU, or, so that a CUDA graph can change it, on the device.
+//   norms: float64 [parameters, 2], a row for each of hyper's, on the device of the workspace: see block.h; may be left
+//       out.
 //   names: uint8, on the CPU: UTF-8, one line for each tensor, for messages. Not a string: torch's stable ABI (2.13)
 //       leaks each that it hands over.
 #include <Python.h>
@@ -17,6 +19,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <limits>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -93,7 +96,7 @@ int64_t size_of(Dtype type) { return type == Dtype::f64 ? 8 : type == Dtype::f32
 
 struct Lists {
   const Tensors *param = nullptr, *grad = nullptr, *momentum = nullptr, *low_param = nullptr;
-  const Tensor* state = nullptr;
+  const Tensor *state = nullptr, *norms = nullptr;
 };
 
 struct Call {
@@ -215,6 +218,7 @@ Block read_block(const int64_t* f, int64_t i, const Lists& lists, size_t count, 
   }
   b.rows = rows;
   b.cols = cols;
+  if (lists.norms) b.norms = static_cast<double*>(lists.norms->data_ptr()) + 2 * hyper;
   b.row_count = f[5];
   b.column_count = f[6];
   b.row_work = row_work;
@@ -239,6 +243,12 @@ Call read(const Lists& lists, const Tensor& work, const Tensor& blocks, const Te
                   "] on the CPU or on the device of the workspace");
   STD_TORCH_CHECK(work.dim() == 2 && work.size(0) == 3 && work.is_contiguous(),
                   "work: expected a contiguous tensor of shape [3, n]");
+  if (lists.norms)
+    STD_TORCH_CHECK(lists.norms->scalar_type() == ScalarType::Double && lists.norms->is_contiguous() &&
+                        lists.norms->dim() == 2 && lists.norms->size(0) == hyper.size(0) && lists.norms->size(1) == 2 &&
+                        lists.norms->device() == work.device(),
+                    "norms: expected a contiguous float64 tensor of shape [", hyper.size(0),
+                    ", 2] on the device of the workspace");
   if (blocks.size(0) == 0) return call;
   STD_TORCH_CHECK(!lists.param || !lists.param->empty(), "param: expected ", count, " tensors, got 0");
   call.types = read_types(lists, count, work, names);
@@ -309,15 +319,18 @@ void run_cuda(CudaPhase phase, const Call& call) {
     RUN(&SPACE::slots, call);                                                                                      \
   }                                                                                                                \
   void update_##NAME(const Tensors& param, const Tensors& grad, const Tensors& momentum, const Tensors& low_param, \
-                     const Tensor& work, const Tensor& blocks, const Tensor& hyper, const Tensor& names) {         \
-    const Call call = read({&param, &grad, &momentum, &low_param}, work, blocks, hyper, text_of(names));           \
+                     const Tensor& work, const Tensor& blocks, const Tensor& hyper, const Tensor& names,           \
+                     const std::optional<Tensor>& norms) {                                                         \
+    const Lists lists{&param, &grad, &momentum, &low_param, nullptr, norms ? &*norms : nullptr};                   \
+    const Call call = read(lists, work, blocks, hyper, text_of(names));                                            \
     expect_row_work(call);                                                                                         \
     RUN(&SPACE::update, call);                                                                                     \
   }                                                                                                                \
   void step_##NAME(const Tensors& param, const Tensors& grad, const Tensors& momentum, const Tensors& low_param,   \
                    const Tensor& state, const Tensor& work, const Tensor& blocks, const Tensor& hyper,             \
-                   const Tensor& names) {                                                                          \
-    const Call call = read({&param, &grad, &momentum, &low_param, &state}, work, blocks, hyper, text_of(names));   \
+                   const Tensor& names, const std::optional<Tensor>& norms) {                                      \
+    const Lists lists{&param, &grad, &momentum, &low_param, &state, norms ? &*norms : nullptr};                    \
+    const Call call = read(lists, work, blocks, hyper, text_of(names));                                            \
     expect_whole(call);                                                                                            \
     RUN(&SPACE::step, call);                                                                                       \
   }
@@ -335,10 +348,10 @@ STABLE_TORCH_LIBRARY(amos_dist, m) {
   m.def("slots_(Tensor(a!) state, Tensor(b!) work, Tensor blocks, Tensor hyper, Tensor names) -> ()");
   m.def(
       "update_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum, Tensor(c!)[] low_param, Tensor work, "
-      "Tensor blocks, Tensor hyper, Tensor names) -> ()");
+      "Tensor blocks, Tensor hyper, Tensor names, Tensor(d!)? norms=None) -> ()");
   m.def(
       "step_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum, Tensor(c!)[] low_param, Tensor(d!) state, "
-      "Tensor(e!) work, Tensor blocks, Tensor hyper, Tensor names) -> ()");
+      "Tensor(e!) work, Tensor blocks, Tensor hyper, Tensor names, Tensor(f!)? norms=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(amos_dist, CPU, m) {

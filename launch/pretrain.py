@@ -27,6 +27,7 @@ from tqdm import tqdm
 import checkpoints
 import data
 import report
+import watching
 from engines import MODULES, Engine, engine_of
 from measure import StepMemory, StepTimes
 from model import GPT, SIZES
@@ -54,6 +55,8 @@ def arguments() -> argparse.Namespace:
     add("--save-every", type=int, default=0, metavar="STEPS", help="between checkpoints in OUT (none)")
     add("--resume", action="store_true", help="continue from the newest checkpoint in OUT")
     add("--restart", action="store_true", help="the same from the newest whole one, if there is one; on any ranks")
+    add("--monitor", choices=watching.KINDS, action="append", default=[], help="show what Amos does, in OUT (nothing)")
+    add("--monitor-every", type=int, default=20, metavar="STEPS", help="between two looks (%(default)s)")
     add(
         "--patience", type=float, default=heartbeat.PATIENCE, metavar="SECONDS", help="with a silent host (%(default)s)"
     )
@@ -61,8 +64,8 @@ def arguments() -> argparse.Namespace:
     add("--hostfile", type=Path, help="the launcher's, so that a host that does not answer is named")
     add("--local_rank", type=int, default=-1, help="given by launchers")
     args = parser.parse_args()
-    if args.steps < 1 or args.eval_every < 1 or args.eval_windows < 1 or args.save_every < 0:
-        parser.error("--steps, --eval-every and --eval-windows count from 1, --save-every from 0")
+    if args.steps < 1 or args.monitor_every < 1 or args.eval_every < 1 or args.eval_windows < 1 or args.save_every < 0:
+        parser.error("--steps, --monitor-every, --eval-every and --eval-windows count from 1, --save-every from 0")
     if args.compare and (args.resume or args.restart):
         parser.error("--resume and --restart continue one job. Leave --compare out; --optimizer continues the second")
     if args.resume and args.restart:
@@ -120,6 +123,9 @@ def train(
     config = agree(lambda: found.fit(config)) if found else config
     engine = engine_of(args.engine)(GPT(SIZES[args.size]), config)
     engine.train(True)
+    monitor = agree(
+        lambda: watching.watch(engine, args.monitor, args.monitor_every, args.out / "monitor" / name.lower())
+    )
     ranks, rank, device = dist.get_world_size(), dist.get_rank(), engine.device
 
     # What must agree for a resumed job to continue exactly.
@@ -169,6 +175,8 @@ def train(
     run.step_ms, run.optimizer_ms, run.training_ms = (
         largest(1e3 * report.median(seconds), device) for seconds in (times.whole, times.optimizer, times.training)
     )
+    if monitor:
+        monitor.close()
     engine.close()
     return run
 

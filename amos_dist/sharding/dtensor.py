@@ -182,3 +182,11 @@ def is_placed(state: Any, param: Any, kept: Container[int]) -> bool:
 def held_shape(param: Any, kept: Container[int]) -> tuple[int, ...]:
     """The shape of what a rank holds of `like(param, …, kept)`."""
     return tuple(size if dim in kept else 1 for dim, size in enumerate(local_of(param).shape))
+
+
+def rectangle(param: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What this rank holds of a DTensor: its shape, and where it begins in each dimension."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    return tuple(shape), tuple(offsets)

@@ -33,6 +33,7 @@ constexpr int64_t kAhead = 1024;       // elements; see kernels.inl
 constexpr int64_t kTileRows = 32;      // rows of such a tile that are summed before the next tile
 constexpr int64_t kUpdateRows = 8;     // and updated: fewer, because two arrays share the table of pages
 constexpr int64_t kTaskTiles = 16;     // tiles beside each other that one thread takes
+constexpr int kNormLanes = 16;         // partial sums of norms: memory is slower than their additions
 
 // How a new parameter is written: in its own type; also to low_param; in bf16 with stochastic rounding.
 enum class Write { plain, low, stochastic };
@@ -56,6 +57,16 @@ struct Span {
   int64_t r0, r1, c0, c1;
 };
 
+// Where norms go, if they are asked for: two doubles for each `rows` rows of a block.
+struct NormParts {
+  double* sums = nullptr;
+  int64_t rows = 1;
+
+  double* of(int64_t row) const { return sums + 2 * (row / rows); }
+  // Whether they are complete with this row, of which `end` is the first that another thread may take.
+  bool end_with(int64_t row, int64_t end) const { return (row + 1) % rows == 0 || row + 1 == end; }
+};
+
 // Where a block's coefficients are in the workspace; see block.h.
 template <class T>
 struct Planes {
@@ -74,9 +85,10 @@ template <class P, class G, class M>
 struct UpdateKernels {
   using T = Compute<P>;
   using E = Elements<P, G, M>;
-  void (*rows)(const E&, const Span&, Moments, const Planes<T>&, const Consts<T>&);
-  void (*row_steps)(const E&, int64_t r0, int64_t r1, int64_t row_count, T* moment, T* decay, const Consts<T>&);
-  void (*element_steps)(const E&, int64_t r0, int64_t r1, T* moment, T* decay, const Consts<T>&);
+  void (*rows)(const E&, const Span&, Moments, const Planes<T>&, const Consts<T>&, const NormParts&);
+  void (*row_steps)(const E&, int64_t r0, int64_t r1, int64_t row_count, T* moment, T* decay, const Consts<T>&,
+                    const NormParts&);
+  void (*element_steps)(const E&, int64_t r0, int64_t r1, T* moment, T* decay, const Consts<T>&, const NormParts&);
 };
 
 #define AMOS_ISA baseline
@@ -133,21 +145,25 @@ SumKernels<T, G> pick_sums() {
 #endif
   return baseline::sum_kernels<T, G>();
 }
-template <Write write, class P, class G, class M>
+template <bool with_norms, Write write, class P, class G, class M>
 UpdateKernels<P, G, M> pick_updates() {
 #ifdef AMOS_X86
-  if (kIsa == Isa::avx512) return avx512::update_kernels<write, P, G, M>();
-  if (kIsa == Isa::avx2) return avx2::update_kernels<write, P, G, M>();
+  if (kIsa == Isa::avx512) return avx512::update_kernels<with_norms, write, P, G, M>();
+  if (kIsa == Isa::avx2) return avx2::update_kernels<with_norms, write, P, G, M>();
 #endif
-  return baseline::update_kernels<write, P, G, M>();
+  return baseline::update_kernels<with_norms, write, P, G, M>();
+}
+template <Write write, class P, class G, class M>
+UpdateKernels<P, G, M> pick_updates(const Block& b) {
+  return b.norms ? pick_updates<true, write, P, G, M>() : pick_updates<false, write, P, G, M>();
 }
 template <class P, class G, class M>
 UpdateKernels<P, G, M> pick_updates(const Block& b, const Consts<Compute<P>>& k) {
   if constexpr (std::is_same<P, float>::value && !std::is_same<G, float>::value)
-    if (b.low_param) return pick_updates<Write::low, P, G, M>();
+    if (b.low_param) return pick_updates<Write::low, P, G, M>(b);
   if constexpr (std::is_same<P, BFloat16>::value)
-    if (k.stochastic) return pick_updates<Write::stochastic, P, G, M>();
-  return pick_updates<Write::plain, P, G, M>();
+    if (k.stochastic) return pick_updates<Write::stochastic, P, G, M>(b);
+  return pick_updates<Write::plain, P, G, M>(b);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -192,6 +208,28 @@ double sum_of(const double* parts, int64_t n) {
   for (int64_t i = 0; i < n; ++i) sum += parts[i];
   return sum;
 }
+
+// The norms of a block while it is updated in `parts`, in which threads leave theirs.
+class NormSums {
+ public:
+  NormSums(const Block& b, int64_t parts, int64_t rows_each) : to_(b.norms), parts_(parts) {
+    if (!to_) return;
+    parts_of.sums = scratch(2 * parts);
+    parts_of.rows = rows_each;
+    std::fill(parts_of.sums, parts_of.sums + 2 * parts, 0.0);
+  }
+  ~NormSums() {
+    for (int64_t i = 0; to_ && i < 2 * parts_; ++i) to_[i % 2] += parts_of.sums[i];
+  }
+  NormParts parts_of;
+
+ private:
+  double* to_;
+  int64_t parts_;
+};
+
+// Rows that a thread takes together: as many as a part of the norms has.
+int64_t rows_together(const Block& b) { return b.norms ? std::max<int64_t>(1, kChunk / b.cols) : 1; }
 
 template <class T, class G>
 void row_block_sums(const Block& b, T clip, T* out) {
@@ -303,19 +341,33 @@ void block_update(const Block& b, const Consts<Compute<P>>& k, Work work) {
   const UpdateKernels<P, G, M> kernels = pick_updates<P, G, M>(b, k);
   const auto planes = planes_of<Compute<P>>(b, work);
   const Elements<P, G, M> elements = elements_of<P, G, M>(b);
-  auto update = [&](const Span& span) { kernels.rows(elements, span, b.moments, planes, k); };
+  auto update = [&](const Span& span, const NormParts& norms) {
+    kernels.rows(elements, span, b.moments, planes, k, norms);
+  };
   // Coefficients of many columns: a tile of these at a time, for a few rows, so that they stay in L1.
   const int64_t vectors = b.moments == Moments::row ? 0 : b.moments == Moments::factored ? 1 : 2;
   const int64_t width = vectors * b.cols > 2 * kTileCols ? kTileCols : b.cols;
-  if (b.rows == 1) {
-    parallel(b.cols, 1, [&](int64_t c0, int64_t c1) { update(Span{0, 1, c0, c1}); });
+  if (b.rows == 1 && b.norms) {
+    const int64_t chunks = ceil_div(b.cols, kChunk);
+    const NormSums norms(b, chunks, 1);
+    parallel(chunks, kChunk, [&](int64_t k0, int64_t k1) {
+      for (int64_t i = k0; i < k1; ++i)
+        update(Span{0, 1, i * kChunk, std::min(b.cols, (i + 1) * kChunk)}, {norms.parts_of.sums + 2 * i, 1});
+    });
+  } else if (b.rows == 1) {
+    parallel(b.cols, 1, [&](int64_t c0, int64_t c1) { update(Span{0, 1, c0, c1}, {}); });
   } else if (width == b.cols) {
-    parallel(b.rows, b.cols, [&](int64_t r0, int64_t r1) { update(Span{r0, r1, 0, b.cols}); });
+    const int64_t each = rows_together(b), groups = ceil_div(b.rows, each);
+    const NormSums norms(b, groups, each);
+    parallel(groups, each * b.cols, [&](int64_t first, int64_t last) {
+      update(Span{first * each, std::min(b.rows, last * each), 0, b.cols}, norms.parts_of);
+    });
   } else {
+    const NormSums norms(b, b.rows, 1);
     parallel(ceil_div(b.rows, kUpdateRows), kUpdateRows * b.cols, [&](int64_t first, int64_t last) {
       for (int64_t r = first * kUpdateRows; r < last * kUpdateRows; r += kUpdateRows)
         for (int64_t c = 0; c < b.cols; c += width)
-          update(Span{r, std::min(b.rows, r + kUpdateRows), c, std::min(b.cols, c + width)});
+          update(Span{r, std::min(b.rows, r + kUpdateRows), c, std::min(b.cols, c + width)}, norms.parts_of);
     });
   }
 }
@@ -327,11 +379,16 @@ void block_step(const Block& b, const Consts<Compute<P>>& k, Work work) {
     const UpdateKernels<P, G, M> kernels = pick_updates<P, G, M>(b, k);
     const Elements<P, G, M> elements = elements_of<P, G, M>(b);
     T *moment = static_cast<T*>(b.row_moment), *decay = static_cast<T*>(b.decay);
-    if (b.cols == 1 && b.row_count == 1)
-      parallel(b.rows, 16, [&](int64_t r0, int64_t r1) { kernels.element_steps(elements, r0, r1, moment, decay, k); });
-    else
-      parallel(b.rows, b.cols,
-               [&](int64_t r0, int64_t r1) { kernels.row_steps(elements, r0, r1, b.row_count, moment, decay, k); });
+    const bool full = b.cols == 1 && b.row_count == 1;
+    const int64_t each = rows_together(b), groups = ceil_div(b.rows, each);
+    const NormSums norms(b, groups, each);
+    parallel(groups, each * (full ? 16 : b.cols), [&](int64_t first, int64_t last) {
+      const int64_t r0 = first * each, r1 = std::min(b.rows, last * each);
+      if (full)
+        kernels.element_steps(elements, r0, r1, moment, decay, k, norms.parts_of);
+      else
+        kernels.row_steps(elements, r0, r1, b.row_count, moment, decay, k, norms.parts_of);
+    });
     return;
   }
   T* columns = planes_of<T>(b, work).P;

@@ -222,9 +222,42 @@ struct RowVectors {
         clip(k.clip) {}
 };
 
-// One vector of a row: theta <- theta - Delta. The caller loads and stores.
+// Sums of squares of Delta and of the old theta, where a monitor asks for them (block.h: norms): element i of a row in
+// lane i mod kNormLanes.
+template <bool asked, class T>
+struct Norms {
+  AMOS_FN void add(int, Vec<T>, Vec<T>, int64_t) {}
+  AMOS_FN void flush(double*) {}
+};
+template <class T>
+struct Norms<true, T> {
+  static constexpr int kVectors = kNormLanes / kWidth<T>;
+  Vec<T> step[kVectors] = {}, theta[kVectors] = {};
+
+  // Behind the first n elements of a vector may be anything.
+  AMOS_FN void add(int part, Vec<T> s, Vec<T> old, int64_t n) {
+    s = load_some<T>((const T*)&s, n);
+    step[part % kVectors] += s * s;
+    theta[part % kVectors] += old * old;
+  }
+  // Adds them to two doubles, and begins anew.
+  AMOS_FN void flush(double* sums) {
+    sums[0] += take(step);
+    sums[1] += take(theta);
+  }
+  AMOS_FN double take(Vec<T>* lanes) {
+    T s[kNormLanes];
+    __builtin_memcpy(s, lanes, sizeof s);
+    for (int half = kNormLanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) s[i] += s[i + half];
+    for (int i = 0; i < kVectors; ++i) lanes[i] = Vec<T>{};
+    return double(s[0]);
+  }
+};
+
+// One vector of a row: theta <- theta - Delta. The caller loads and stores. Returns Delta.
 template <Moments kind, bool with_momentum, class T>
-AMOS_FN void update_vector(Vec<T>& theta, Vec<T> g, Vec<T>& m, Vec<T> P, Vec<T> Q, const RowVectors<T>& row) {
+AMOS_FN Vec<T> update_vector(Vec<T>& theta, Vec<T> g, Vec<T>& m, Vec<T> P, Vec<T> Q, const RowVectors<T>& row) {
   const Vec<T> limited = row.most < row.factor * P ? row.most : row.factor * P;
   const Vec<T> A = kind == Moments::column ? P : kind == Moments::row ? row.A : row.A * limited;
   const Vec<T> B = kind == Moments::column ? Q : row.B;
@@ -234,6 +267,7 @@ AMOS_FN void update_vector(Vec<T>& theta, Vec<T> g, Vec<T>& m, Vec<T> P, Vec<T> 
     step = m;
   }
   theta -= step;
+  return step;
 }
 
 // The bits of bfloat16s, rounded stochastically. index: the number of the first of them in the parameter.
@@ -263,9 +297,9 @@ AMOS_FN void put(const Elements<P, G, M>& e, int64_t i, Vec<T> theta, int64_t n,
 
 // Updates n elements of a row; with `next`, also returns the sum of squares of the n gradients there (n <= kChunk):
 // the update waits for memory, so the other row's sum costs no time.
-template <Moments kind, Write write, class P, class G, class M, class T>
+template <Moments kind, Write write, class P, class G, class M, class T, bool with_norms>
 AMOS_FN double update_chunk(const Elements<P, G, M>& e, int64_t n, const RowCoefs<T>& coefs, const Consts<T>& k,
-                            const G* next, int64_t ahead) {
+                            const G* next, int64_t ahead, Norms<with_norms, T>& norms) {
   constexpr bool with_momentum = !std::is_same<M, NoMomentum>::value;
   constexpr int W = kWidth<T>;
   using Momentum = typename std::conditional<with_momentum, M, T>::type;
@@ -273,12 +307,13 @@ AMOS_FN double update_chunk(const Elements<P, G, M>& e, int64_t n, const RowCoef
   const RowVectors<T> row(coefs, k);
   const T *pp = coefs.P, *qp = coefs.Q;
   Vec<T> acc[kParts<T>] = {};
-  auto vector_at = [&](int64_t i, int64_t some) __attribute__((always_inline)) {
+  auto vector_at = [&](int part, int64_t i, int64_t some) __attribute__((always_inline)) {
     Vec<T> t = load_some<T>(e.theta + i, some), mv = {}, p = {}, q = {};
     if constexpr (with_momentum) mv = load_some<T>(mp + i, some);
     if constexpr (kind != Moments::row) p = load_some<T>(pp + i, some);
     if constexpr (kind == Moments::column) q = load_some<T>(qp + i, some);
-    update_vector<kind, with_momentum, T>(t, load_some<T>(e.g + i, some), mv, p, q, row);
+    const Vec<T> old = t;
+    norms.add(part, update_vector<kind, with_momentum, T>(t, load_some<T>(e.g + i, some), mv, p, q, row), old, some);
     put<write>(e, i, t, some, k);
     if constexpr (with_momentum) store_some<T>(mp + i, mv, some);
   };
@@ -290,51 +325,63 @@ AMOS_FN double update_chunk(const Elements<P, G, M>& e, int64_t n, const RowCoef
       prefetch(e.theta + i + ahead);
       for (int part = 0; part < kParts<T>; ++part) {
         acc[part] += squared<T>(load(next + i + part * W), row.clip);
-        vector_at(i + part * W, W);
+        vector_at(part, i + part * W, W);
       }
     }
   } else {
     for (; i + kLanes <= n; i += kLanes) {
       prefetch(e.g + i + ahead);
       prefetch(e.theta + i + ahead);
-      for (int part = 0; part < kParts<T>; ++part) vector_at(i + part * W, W);
+      for (int part = 0; part < kParts<T>; ++part) vector_at(part, i + part * W, W);
     }
   }
   for (int part = 0; i < n; ++part, i += W) {
     const int64_t some = n - i < W ? n - i : W;
     if (next) acc[part] += squared<T>(load_some<T>(next + i, some), row.clip);
-    vector_at(i, some);
+    vector_at(part, i, some);
   }
   return next ? lanes_sum<T>(acc) : 0;
 }
 
 // Columns [c0, c1) of rows [r0, r1), with the coefficients in the planes of the workspace.
-template <Write write, class P, class G, class M, class T>
+template <bool with_norms, Write write, class P, class G, class M, class T>
 void update_rows(const Elements<P, G, M>& e, const Span& span, Moments kind, const Planes<T>& planes,
-                 const Consts<T>& k) {
+                 const Consts<T>& k, const NormParts& parts) {
+  Norms<with_norms, T> norms;
   const int64_t n = span.c1 - span.c0;
   const bool tile = n < e.cols && span.r1 - span.r0 > 1;
   const int64_t ahead = tile ? e.cols : kAhead;  // of a tile: its next row
   const G* no_next = nullptr;
-  for (int64_t r = span.r0; r < span.r1; ++r) {
-    const Elements<P, G, M> at = e.at(r, span.c0);
+  auto update = [&](int64_t r, int64_t c, int64_t some) __attribute__((always_inline)) {
+    const Elements<P, G, M> at = e.at(r, c);
     if (kind == Moments::row) {
       const RowCoefs<T> row{planes.A[r], planes.B[r], 0, nullptr, nullptr};
-      update_chunk<Moments::row, write>(at, n, row, k, no_next, ahead);
+      update_chunk<Moments::row, write>(at, some, row, k, no_next, ahead, norms);
     } else if (kind == Moments::factored) {
-      const RowCoefs<T> row{planes.A[r], planes.B[r], planes.limit[r], planes.P + span.c0, nullptr};
-      update_chunk<Moments::factored, write>(at, n, row, k, no_next, ahead);
+      const RowCoefs<T> row{planes.A[r], planes.B[r], planes.limit[r], planes.P + c, nullptr};
+      update_chunk<Moments::factored, write>(at, some, row, k, no_next, ahead, norms);
     } else {
-      const RowCoefs<T> row{0, 0, 0, planes.P + span.c0, planes.Q + span.c0};
-      update_chunk<Moments::column, write>(at, n, row, k, no_next, ahead);
+      const RowCoefs<T> row{0, 0, 0, planes.P + c, planes.Q + c};
+      update_chunk<Moments::column, write>(at, some, row, k, no_next, ahead, norms);
+    }
+  };
+  for (int64_t r = span.r0; r < span.r1; ++r) {
+    if constexpr (!with_norms) {
+      update(r, span.c0, n);
+    } else {
+      for (int64_t c = span.c0; c < span.c1; c += kChunk) {
+        update(r, c, span.c1 - c < kChunk ? span.c1 - c : kChunk);
+        if (parts.end_with(r, span.r1)) norms.flush(parts.of(r));
+      }
     }
   }
 }
 
 // `row` moments in one pass over memory: row r is updated while row r + 1 is summed.
-template <Write write, class P, class G, class M, class T>
+template <bool with_norms, Write write, class P, class G, class M, class T>
 void row_steps(const Elements<P, G, M>& e, int64_t r0, int64_t r1, int64_t row_count, T* moment, T* decay,
-               const Consts<T>& k) {
+               const Consts<T>& k, const NormParts& parts) {
+  Norms<with_norms, T> norms;
   const int64_t cols = e.cols;
   double sum = row_sum<T>(e.g + r0 * cols, cols, k.clip);
   for (int64_t r = r0; r < r1; ++r) {
@@ -347,14 +394,17 @@ void row_steps(const Elements<P, G, M>& e, int64_t r0, int64_t r1, int64_t row_c
     for (int64_t i = 0; i < cols; i += kChunk) {
       const Elements<P, G, M> at = e.at(r, i);
       const int64_t n = cols - i < kChunk ? cols - i : kChunk;
-      sum += update_chunk<Moments::row, write>(at, n, row, k, more ? at.g + cols : nullptr, kAhead);
+      sum += update_chunk<Moments::row, write>(at, n, row, k, more ? at.g + cols : nullptr, kAhead, norms);
+      if (with_norms && parts.end_with(r, r1)) norms.flush(parts.of(r));
     }
   }
 }
 
 // Rows of one element (moments = "full"): each element has its own v and b.
-template <Write write, class P, class G, class M, class T>
-void element_steps(const Elements<P, G, M>& all, int64_t r0, int64_t r1, T* moment, T* decay, const Consts<T>& k) {
+template <bool with_norms, Write write, class P, class G, class M, class T>
+void element_steps(const Elements<P, G, M>& all, int64_t r0, int64_t r1, T* moment, T* decay, const Consts<T>& k,
+                   const NormParts& parts) {
+  Norms<with_norms, T> norms;
   constexpr bool with_momentum = !std::is_same<M, NoMomentum>::value;
   constexpr int W = kWidth<T>;
   using Momentum = typename std::conditional<with_momentum, M, T>::type;
@@ -375,7 +425,9 @@ void element_steps(const Elements<P, G, M>& all, int64_t r0, int64_t r1, T* mome
     }
     __builtin_memcpy(&A, a, sizeof A);
     __builtin_memcpy(&B, b, sizeof B);
-    update_vector<Moments::column, with_momentum, T>(t, gv, mv, A, B, row);
+    const Vec<T> old = t;
+    norms.add(int(i / W % kNormLanes), update_vector<Moments::column, with_momentum, T>(t, gv, mv, A, B, row), old, n);
+    if (with_norms && parts.end_with(i + n - 1, r1)) norms.flush(parts.of(i));
     put<write>(all, i, t, n, k);
     if constexpr (with_momentum) store_some<T>(mp + i, mv, n);
   }
@@ -385,10 +437,11 @@ template <class T, class G>
 SumKernels<T, G> sum_kernels() {
   return {&row_sums<T, G>, &chunk_sums<T, G>, &column_sums<T, G>};
 }
-template <Write write, class P, class G, class M>
+template <bool with_norms, Write write, class P, class G, class M>
 UpdateKernels<P, G, M> update_kernels() {
   using T = Compute<P>;
-  return {&update_rows<write, P, G, M, T>, &row_steps<write, P, G, M, T>, &element_steps<write, P, G, M, T>};
+  return {&update_rows<with_norms, write, P, G, M, T>, &row_steps<with_norms, write, P, G, M, T>,
+          &element_steps<with_norms, write, P, G, M, T>};
 }
 
 }  // namespace AMOS_ISA

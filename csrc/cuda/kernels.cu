@@ -46,20 +46,35 @@ constexpr int64_t round_up(int64_t bytes) { return ceil_div(bytes, 16) * 16; }  
 
 template <class T>
 struct Place {
-  int64_t moment_sums = 0, values = 0;
+  int64_t moment_sums = 0, norm_parts = 0, values = 0;
 
   void add(const Block& b) {
     if (empty(b)) return;
     if (b.moments == Moments::factored) moment_sums += ceil_div(b.columns, kThreads);
+    if (b.norms) norm_parts += 2 * most_units(b);
     values += own_values(b) + rows_values(b);
+  }
+  // The most units of work that any kernel which updates it makes of a block.
+  static int64_t most_units(const Block& b) {
+    constexpr int kMostLeastLanes = kLeastLanes<__half>;
+    const int64_t phases = ceil_div(b.rows, kWarp / lanes_for(b.cols)) * ceil_div(b.cols, kChunk);
+    switch (way<T>(b.moments, b.rows, b.cols)) {
+      case Way::warp:
+        return std::max(phases, ceil_div(b.rows, kWarp / lanes_for(b.cols, kMostLeastLanes)));
+      case Way::cta:
+      case Way::long_rows:
+        return std::max(phases, b.rows);
+      default:
+        return phases;
+    }
   }
   static int64_t own_values(const Block& b) { return partials(b.moments, b.rows, b.cols); }
   // `step` keeps A and B of few long rows here: rows of `row` have no place in its workspace.
   static int64_t rows_values(const Block& b) {
     return b.moments == Moments::row && way<T>(b.moments, b.rows, b.cols) == Way::phases ? 2 * b.rows : 0;
   }
-  int64_t moment_sums_bytes() const { return round_up(moment_sums * int64_t(sizeof(double))); }
-  int64_t bytes() const { return moment_sums_bytes() + round_up(values * int64_t(sizeof(T))); }
+  int64_t doubles_bytes() const { return round_up((moment_sums + norm_parts) * int64_t(sizeof(double))); }
+  int64_t bytes() const { return doubles_bytes() + round_up(values * int64_t(sizeof(T))); }
 };
 
 template <class T>
@@ -117,20 +132,23 @@ class Call {
 
   template <class P, class G>
   void update() {
-    add({update_step<T, P, G>, kWarps},
-        [&](const Entry<T>& e) { return taken(e) ? 0 : row_units(e, ceil_div(e.cols, kChunk)); });
+    add_update({asked_ ? update_step<T, P, G, true> : update_step<T, P, G, false>, kWarps},
+               [&](const Entry<T>& e) { return taken(e) ? 0 : row_units(e, ceil_div(e.cols, kChunk)); });
+    if (asked_) add({finish_norms<T>, 1}, [](const Entry<T>& e) { return int64_t(e.norm_blocks > 0); });
   }
 
   template <class P, class G>
   void step() {
     for (Entry<T>& e : entries_) e.row_lanes = lanes_for(e.cols, kLeastLanes<P>, std::min(kHeld<T>, kLaneCols));
-    add({thread_rows<T, P, G>, kWarps},
-        [&](const Entry<T>& e) { return way_of(e) == Way::thread ? ceil_div(e.rows, kThreadRows * kWarp) : 0; });
-    add({held_rows<T, P, G>, kWarps},
-        [&](const Entry<T>& e) { return way_of(e) == Way::warp ? ceil_div(e.rows, kWarp / e.row_lanes) : 0; });
+    add_update({asked_ ? thread_rows<T, P, G, true> : thread_rows<T, P, G, false>, kWarps},
+               [&](const Entry<T>& e) { return way_of(e) == Way::thread ? ceil_div(e.rows, kThreadRows * kWarp) : 0; });
+    const auto held = asked_ ? held_rows<T, P, G, true> : held_rows<T, P, G, false>;
+    add_update({held, kWarps},
+               [&](const Entry<T>& e) { return way_of(e) == Way::warp ? ceil_div(e.rows, kWarp / e.row_lanes) : 0; });
     for (int threads = kCtaLeast; threads <= kCtaMost; threads *= 2) {
-      add({held_rows<T, P, G>, 1, threads},
-          [&](const Entry<T>& e) { return way_of(e) == Way::cta && cta_threads<T>(e.cols) == threads ? e.rows : 0; });
+      add_update({held, 1, threads}, [&](const Entry<T>& e) {
+        return way_of(e) == Way::cta && cta_threads<T>(e.cols) == threads ? e.rows : 0;
+      });
     }
     int64_t longest = 0;
     for (const Entry<T>& e : entries_) {
@@ -139,9 +157,10 @@ class Call {
     if (longest > 0) {
       const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, 48 * 1024) - 1024;  // less static ones
       const int shared_bytes = static_cast<int>(std::min(round_up(longest * int64_t(sizeof(G))), most));
-      note(cudaFuncSetAttribute(long_rows<T, P, G>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-      add({long_rows<T, P, G>, 1, kThreads, shared_bytes},
-          [&](const Entry<T>& e) { return way_of(e) == Way::long_rows ? e.rows : 0; });
+      const auto kernel = asked_ ? long_rows<T, P, G, true> : long_rows<T, P, G, false>;
+      note(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+      add_update({kernel, 1, kThreads, shared_bytes},
+                 [&](const Entry<T>& e) { return way_of(e) == Way::long_rows ? e.rows : 0; });
     }
     sums<G>();
     slots();
@@ -186,9 +205,11 @@ class Call {
     Place<T> place, end;
     for (int64_t i = 0; i < n; ++i) end.add(blocks[i]);
     table_ = scratch_ + end.bytes();
-    auto* const values = reinterpret_cast<T*>(scratch_ + end.moment_sums_bytes());
+    auto* const values = reinterpret_cast<T*>(scratch_ + end.doubles_bytes());
+    auto* const doubles = reinterpret_cast<double*>(scratch_);  // sums of column moments, then norms
     bool new_parameter = true;
-    size_t leader = 0;  // the first block of the parameter that is not empty
+    size_t leader = 0;       // the first block of the parameter that is not empty
+    size_t norm_leader = 0;  // the first whose norms go to the same place
     for (int64_t i = 0; i < n; ++i) {
       const Block& b = blocks[i];
       new_parameter = new_parameter || b.columns > 0 || b.moments == Moments::row;
@@ -209,7 +230,17 @@ class Call {
         e.row_work = e.partial + place.own_values(b);
         e.row_plane = b.rows;
       }
-      e.moment_sums = reinterpret_cast<double*>(scratch_) + place.moment_sums;
+      e.moment_sums = doubles + place.moment_sums;
+      e.norms = b.norms;
+      e.norm_parts = doubles + end.moment_sums + place.norm_parts;
+      e.norm_blocks = 1;
+      asked_ = b.norms;
+      if (!entries_.empty() && entries_[norm_leader].norms == b.norms) {
+        e.norm_blocks = 0;
+        ++entries_[norm_leader].norm_blocks;
+      } else {
+        norm_leader = entries_.size();
+      }
       e.rows = b.rows;
       e.cols = b.cols;
       e.row_count = b.row_count;
@@ -249,6 +280,13 @@ class Call {
     } else {
       first_units_.resize(pass.first_unit);
     }
+  }
+
+  // The same for a kernel that updates: each unit leaves its norms, if they are asked for.
+  template <class Units>
+  void add_update(Shape shape, const Units& units) {
+    for (Entry<T>& e : entries_) e.norm_units += units(e);
+    add(shape, units);
   }
 
   template <class Item>
@@ -309,7 +347,7 @@ class Call {
   Hypers hypers_;
   char *scratch_, *table_ = nullptr;
   cudaStream_t stream_;
-  bool one_pass_;
+  bool one_pass_, asked_ = false;
   int error_ = cudaSuccess;  // the first one
   int64_t sms_ = attribute(cudaDevAttrMultiProcessorCount, 1);
   Args<T> args_ = {};

@@ -35,9 +35,9 @@ struct RowState {
 
 // A row shared by `lanes` threads. reduce(x) is the sum of x over the lanes, and none of them is past it before all
 // have come to it.
-template <class T, class P, class G, class Reduce>
-__device__ void held_row(const Args<T>& args, const Entry<T>& e, int64_t row, int lane, int lanes,
-                         const Reduce& reduce) {
+template <class T, class P, class G, class Reduce, bool asked>
+__device__ void held_row(const Args<T>& args, const Entry<T>& e, int64_t row, int lane, int lanes, const Reduce& reduce,
+                         Norms<T, asked>& norms) {
   constexpr int V = kVector<P>, kVectors = kHeld<T> / V, kAhead = kVectors / 4;
   const bool there = row < e.rows;
   const Arrays<T, P, G> arrays(args, e, row, 0);
@@ -82,13 +82,13 @@ __device__ void held_row(const Args<T>& args, const Entry<T>& e, int64_t row, in
   const Consts<T> k = element_consts(consts);
   const Arrays<T, P, G> out(args, e, row, 0);  // made again: the registers held something better until here
   if (!fit) {
-    update_ends(out, n, s, all, k, lane, lanes);
+    update_ends(out, n, s, all, k, lane, lanes, norms);
     return;
   }
   if (edge >= 0) {
     Elements<1, T, P, G> single{edge_theta, edge_g, {}};
     out.load_momentum(edge, single.m);
-    single.update(out, edge, all, k);
+    single.update(out, edge, all, k, norms);
   }
 #pragma unroll
   for (int i = 0; i < kVectors; i += kAhead) {
@@ -101,15 +101,16 @@ __device__ void held_row(const Args<T>& args, const Entry<T>& e, int64_t row, in
     }
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      if (i + a < mine) es[a].update(out, first + (i + a) * stride, all, k);
+      if (i + a < mine) es[a].update(out, first + (i + a) * stride, all, k, norms);
     }
   }
 }
 
 // A warp takes a row, or several narrow ones; or, of longer rows, a CTA takes one: a CTA just large enough to hold it.
-template <class T, class P, class G>
+template <class T, class P, class G, bool asked>
 __global__ void __launch_bounds__(kCtaMost) held_rows(__grid_constant__ const Args<T> args) {
   __shared__ T part[2][kWarp];
+  __shared__ double norm_part[asked ? 2 : 1][kWarp];
   const bool cta = args.row_for_cta;
   const int units = cta ? 1 : kWarps;  // of a CTA, at a time
   Cursor<T> cursor;
@@ -118,11 +119,21 @@ __global__ void __launch_bounds__(kCtaMost) held_rows(__grid_constant__ const Ar
     const Entry<T>& e = cursor.at(args, u);
     const int lanes = cta ? blockDim.x : e.row_lanes, rows = cta ? 1 : kWarp / lanes;
     const int64_t row = (u - cursor.begin) * rows + (cta ? 0 : lane_id() / lanes);
-    held_row<T, P, G>(args, e, row, threadIdx.x % lanes, lanes, [&](T sum) {
+    const auto reduce = [&](T sum) {
       if (cta) return cta_sum(sum, part[turn ^= 1]);
       __syncwarp();  // all lanes have read the state before one of them writes it
       return warp_sum(sum, lanes);
-    });
+    };
+    Norms<T, asked> norms;
+    held_row<T, P, G>(args, e, row, threadIdx.x % lanes, lanes, reduce, norms);
+    if constexpr (asked) {
+      if (cta) {
+        norms.leave(e, u - cursor.begin, norm_part);
+      } else {
+        __syncwarp();
+        norms.leave(e, u - cursor.begin);
+      }
+    }
   }
 }
 
@@ -133,10 +144,11 @@ __device__ inline uint4* dynamic_shared() {
 
 // Rows that are too long for registers: a CTA holds the gradient in shared memory, as much of it as fits; the second
 // read of the rest comes from L2. Each thread reads back what it wrote itself, so no barrier guards it.
-template <class T, class P, class G>
+template <class T, class P, class G, bool asked>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) long_rows(__grid_constant__ const Args<T> args) {
   constexpr int V = kVector<P>, kAhead = 16 / V;  // elements in flight: 16
   __shared__ T part[2][kWarp];
+  __shared__ double norm_part[asked ? 2 : 1][kWarp];
   auto* const held = reinterpret_cast<Raw<V, G>*>(dynamic_shared());
   const int64_t capacity = args.shared_bytes / sizeof(Raw<V, G>);
   Cursor<T> cursor;
@@ -169,7 +181,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) long_rows(__
     const Coefs<T> c = row_coefficients(e, consts, row, sum, state.v, state.b, lane == 0);
     const Segment<T> all{c.A, c.B, T(INFINITY)};
 
-    update_ends(arrays, n, s, all, k, lane, kThreads);
+    Norms<T, asked> norms;
+    update_ends(arrays, n, s, all, k, lane, kThreads, norms);
     for (i = lane; i < vectors; i += kAhead * kThreads) {
       Elements<V, T, P, G> es[kAhead];
 #pragma unroll
@@ -183,16 +196,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) long_rows(__
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
         const int64_t at = i + a * kThreads;
-        if (at < vectors) es[a].update(arrays, s.head + at * V, all, k);
+        if (at < vectors) es[a].update(arrays, s.head + at * V, all, k, norms);
       }
     }
+    if constexpr (asked) norms.leave(e, row, norm_part);
   }
 }
 
 // Rows of one element (moments = "full"): a thread for each, four at a time.
 constexpr int kThreadRows = 4;
 
-template <class T, class P, class G>
+template <class T, class P, class G, bool asked>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2) thread_rows(__grid_constant__ const Args<T> args) {
   Cursor<T> cursor;
   for (int64_t u = blockIdx.x * int64_t(kWarps) + warp_id(); u < args.units; u += gridDim.x * int64_t(kWarps)) {
@@ -201,6 +215,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2) thread_rows(
     const Consts<T>& consts = args.consts[e.hyper];
     const Consts<T> k = element_consts(consts);
     const int64_t first = (u - cursor.begin) * (kThreadRows * kWarp) + lane_id();
+    Norms<T, asked> norms;
     Elements<1, T, P, G> es[kThreadRows];
     T v[kThreadRows], b[kThreadRows];
 #pragma unroll
@@ -218,8 +233,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2) thread_rows(
       T sum[1] = {};
       add_squares(es[a].g, k.clip, sum);
       const Coefs<T> c = row_coefficients(e, consts, row, sum[0], v[a], b[a], true);
-      es[a].update(arrays, row, Segment<T>{c.A, c.B, T(INFINITY)}, k);
+      es[a].update(arrays, row, Segment<T>{c.A, c.B, T(INFINITY)}, k, norms);
     }
+    __syncwarp();
+    norms.leave(e, u - cursor.begin);
   }
 }
 

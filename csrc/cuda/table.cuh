@@ -46,13 +46,16 @@ struct Entry {
   const void* grad;
   void *momentum, *low_param;
   T *row_moment, *column_moment, *decay;
-  T *row_work, *column_work;  // in plane 0: its first row, its parameter's first column
-  T* partial;                 // its partial sums
-  double* moment_sums;        // of its column moments: one for each 256 columns
-  int64_t row_plane;          // from one plane of row_work to the next
+  T *row_work, *column_work;   // in plane 0: its first row, its parameter's first column
+  T* partial;                  // its partial sums
+  double* moment_sums;         // of its column moments: one for each 256 columns
+  double *norms, *norm_parts;  // where norms go, and the two numbers of each unit of work; null: not asked for
+  int64_t norm_units;          // how many units it has
+  int64_t row_plane;           // from one plane of row_work to the next
   int64_t rows, cols, row_count, column_count, column_start, columns, first;
   int64_t all_columns;  // of the first block of a parameter: the columns that it and its followers reach to
   int32_t followers;    // further blocks of its parameter, right behind it
+  int32_t norm_blocks;  // this one and those right behind it whose norms go to the same place; 0: it is behind another
   int32_t hyper;
   int32_t lanes, row_lanes;  // lanes of a row, and in `held_rows`
   Moments moments;

@@ -116,6 +116,39 @@ __device__ void load_columns(const T* p, int64_t i, T otherwise, T (&x)[V]) {
   }
 }
 
+// Sums of squares of Delta and of the old parameter, where a monitor asks for them (block.h: norms): of each thread,
+// then of each unit of work.
+template <class T, bool asked>
+struct Norms {
+  __device__ void add(T, T) {}
+  __device__ void leave(const Entry<T>&, int64_t) {}
+};
+template <class T>
+struct Norms<T, true> {
+  double step = 0, theta = 0;
+
+  __device__ void add(T more_step, T more_theta) {
+    step += double(more_step);
+    theta += double(more_theta);
+  }
+  __device__ void put(const Entry<T>& e, int64_t unit) {
+    e.norm_parts[2 * unit] = step;
+    e.norm_parts[2 * unit + 1] = theta;
+  }
+  // Of a unit that a warp has done: all its lanes must come.
+  __device__ void leave(const Entry<T>& e, int64_t unit) {
+    step = warp_sum(step);
+    theta = warp_sum(theta);
+    if (lane_id() == 0) put(e, unit);
+  }
+  // Of one that a CTA has done.
+  __device__ void leave(const Entry<T>& e, int64_t unit, double (&part)[2][kWarp]) {
+    step = cta_sum(step, part[0]);
+    theta = cta_sum(theta, part[1]);
+    if (threadIdx.x == 0) put(e, unit);
+  }
+};
+
 // V elements on their way, from element i on.
 template <int V, class T, class P, class G>
 struct Elements {
@@ -129,8 +162,10 @@ struct Elements {
     arrays.load_momentum(i, m);
   }
 
-  __device__ void update(const Arrays<T, P, G>& arrays, int64_t i, const Segment<T>& s, const Consts<T>& k) {
-    T x[V], gs[V], profile[V], B[V];
+  template <bool asked>
+  __device__ void update(const Arrays<T, P, G>& arrays, int64_t i, const Segment<T>& s, const Consts<T>& k,
+                         Norms<T, asked>& norms) {
+    T x[V], gs[V], profile[V], B[V], squares[2] = {};
     load_columns(s.profile, i, T(1), profile);
     load_columns(s.to_column_B ? s.profile + s.to_column_B : nullptr, i, s.B, B);
     theta.widen_to(x);
@@ -139,17 +174,22 @@ struct Elements {
     for (int j = 0; j < V; ++j) {
       T step = delta(s.A * limited(profile[j], s.limit), clipped(gs[j], k.clip), B[j], x[j]);
       if (arrays.momentum) step = m[j] = next_momentum(m[j], step, k);
+      if constexpr (asked) {
+        squares[0] += step * step;
+        squares[1] += x[j] * x[j];
+      }
       x[j] -= step;
     }
+    norms.add(squares[0], squares[1]);
     arrays.store_param(i, x, k);
     arrays.store_momentum(i, m);
   }
 };
 
 // Updates the n elements of a row that are in no vector: both ends, in one loop, or all. I: type of an index.
-template <class I, class T, class P, class G>
+template <class I, class T, class P, class G, bool asked>
 __device__ void update_ends(const Arrays<T, P, G>& arrays, I n, Split s, const Segment<T>& segment, const Consts<T>& k,
-                            int lane, int lanes) {
+                            int lane, int lanes, Norms<T, asked>& norms) {
   constexpr int kAhead = 2;  // elements in flight
   const I head = static_cast<I>(s.head), body = static_cast<I>(s.body);
   for (I first = lane; first < n - body; first += kAhead * lanes) {
@@ -162,18 +202,18 @@ __device__ void update_ends(const Arrays<T, P, G>& arrays, I n, Split s, const S
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
       const I i = first + a * lanes;
-      if (i < n - body) e[a].update(arrays, i < head ? i : i + body, segment, k);
+      if (i < n - body) e[a].update(arrays, i < head ? i : i + body, segment, k, norms);
     }
   }
 }
 
 // Updates n elements of one row, which `lanes` threads take together.
-template <class T, class P, class G>
+template <class T, class P, class G, bool asked>
 __device__ void update_segment(const Arrays<T, P, G>& arrays, int n, const Segment<T>& segment, const Consts<T>& k,
-                               int lane, int lanes) {
+                               int lane, int lanes, Norms<T, asked>& norms) {
   constexpr int V = kVector<P>, kAhead = 64 / sizeof(T) / V;  // vectors in flight
   const Split s = arrays.split(n);
-  update_ends(arrays, n, s, segment, k, lane, lanes);
+  update_ends(arrays, n, s, segment, k, lane, lanes, norms);
   const int end = static_cast<int>(s.head + s.body), stride = lanes * V;
   for (int i = static_cast<int>(s.head) + lane * V; i < end; i += kAhead * stride) {
     Elements<V, T, P, G> e[kAhead];
@@ -183,14 +223,14 @@ __device__ void update_segment(const Arrays<T, P, G>& arrays, int n, const Segme
     }
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      if (i + a * stride < end) e[a].update(arrays, i + a * stride, segment, k);
+      if (i + a * stride < end) e[a].update(arrays, i + a * stride, segment, k, norms);
     }
   }
 }
 
 // A warp updates one chunk of a row, or several narrow rows. The last units come first: of the gradients that the sums
 // read last, many are still in L2.
-template <class T, class P, class G>
+template <class T, class P, class G, bool asked>
 __global__ void __launch_bounds__(kThreads, 2) update_step(__grid_constant__ const Args<T> args) {
   Cursor<T> cursor;
   for (int64_t i = blockIdx.x * int64_t(kWarps) + warp_id(); i < args.units; i += gridDim.x * int64_t(kWarps)) {
@@ -199,19 +239,44 @@ __global__ void __launch_bounds__(kThreads, 2) update_step(__grid_constant__ con
     const int lanes = e.lanes, groups = kWarp / lanes;
     const int64_t parts = ceil_div(e.cols, kChunk), unit = u - cursor.begin;
     const int64_t row = unit / parts * groups + lane_id() / lanes, begin = unit % parts * kChunk;
-    if (row >= e.rows) continue;  // no warp-wide work follows
-    const int n = static_cast<int>(begin + kChunk < e.cols ? kChunk : e.cols - begin);
-    Segment<T> segment{T(1), T(0), T(INFINITY)};
-    if (e.moments != Moments::row) segment.profile = e.column_work + e.column_start + begin;
-    if (e.moments == Moments::column) {
-      segment.to_column_B = args.plane;
-    } else {
-      segment.A = e.row_work[row];
-      segment.B = e.row_work[row + e.row_plane];
+    Norms<T, asked> norms;
+    if (row < e.rows) {
+      const int n = static_cast<int>(begin + kChunk < e.cols ? kChunk : e.cols - begin);
+      Segment<T> segment{T(1), T(0), T(INFINITY)};
+      if (e.moments != Moments::row) segment.profile = e.column_work + e.column_start + begin;
+      if (e.moments == Moments::column) {
+        segment.to_column_B = args.plane;
+      } else {
+        segment.A = e.row_work[row];
+        segment.B = e.row_work[row + e.row_plane];
+      }
+      if (e.moments == Moments::factored) segment.limit = e.row_work[row + 2 * e.row_plane];
+      update_segment(Arrays<T, P, G>(args, e, row, begin), n, segment, element_consts(args.consts[e.hyper]),
+                     lane_id() % lanes, lanes, norms);
     }
-    if (e.moments == Moments::factored) segment.limit = e.row_work[row + 2 * e.row_plane];
-    update_segment(Arrays<T, P, G>(args, e, row, begin), n, segment, element_consts(args.consts[e.hyper]),
-                   lane_id() % lanes, lanes);
+    __syncwarp();
+    norms.leave(e, unit);
+  }
+}
+
+// Adds what all units have left of the norms, in their order: a CTA for each place that they go to.
+template <class T>
+__global__ void __launch_bounds__(kThreads) finish_norms(__grid_constant__ const Args<T> args) {
+  __shared__ double part[2][kWarp];
+  Cursor<T> cursor;
+  for (int64_t u = blockIdx.x; u < args.units; u += gridDim.x) {
+    const Entry<T>* const e = &cursor.at(args, u);
+    double sums[2] = {};
+    for (int block = 0; block < e->norm_blocks; ++block) {
+      for (int64_t i = threadIdx.x; i < e[block].norm_units; i += kThreads) {
+        sums[0] += e[block].norm_parts[2 * i];
+        sums[1] += e[block].norm_parts[2 * i + 1];
+      }
+    }
+    for (int i = 0; i < 2; ++i) {
+      const double sum = cta_sum(sums[i], part[i]);
+      if (threadIdx.x == 0) e->norms[i] += sum;
+    }
   }
 }
 

@@ -120,7 +120,7 @@ class CHyper(ctypes.Structure):
 class CBlock(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("param", "grad", "momentum", "low_param")),
-        *((name, ctypes.c_void_p) for name in ("row_moment", "column_moment", "decay")),
+        *((name, ctypes.c_void_p) for name in ("row_moment", "column_moment", "decay", "norms")),
         *((name, ctypes.c_int64) for name in ("rows", "cols", "row_count", "column_count", "row_work", "column_work")),
         *((name, ctypes.c_int64) for name in ("column_start", "columns", "first", "hyper")),
         ("moments", ctypes.c_int32),
@@ -164,6 +164,7 @@ class Problem:
 
     first = 0  # number of the first element, for random numbers
     cut = False  # each row is a block
+    watched = False  # norms are asked for
 
     def __init__(
         self, moments: str, rows: int, cols: int, types: Types = Types(), hyper: Hyper | None = None, seed: int = 0
@@ -188,10 +189,18 @@ class Problem:
     @cached_property
     def expected(self) -> tuple[Array, State]:
         with np.errstate(all="ignore"):
-            return step(self.theta, self.grad, self.state, self.moments, self.hyper)
+            delta, state = step(self.theta, self.grad, self.state, self.moments, self.hyper)
+            return self.theta - delta, state
+
+    def norms(self, start: int, stop: int) -> Array:
+        """The sums of squares of Delta and of the old parameter, over some elements."""
+        with np.errstate(all="ignore"):
+            delta, _ = step(self.theta, self.grad, self.state, self.moments, self.hyper)
+            return np.array([np.square(x.ravel()[start:stop]).sum() for x in (delta, self.theta)])
 
 
-POINTERS = ("param", "grad", "momentum", "low_param", "row_moment", "column_moment", "decay")
+POINTERS = ("param", "grad", "momentum", "low_param", "row_moment", "column_moment", "decay", "norms")
+ADDED_TO = (3.0, 50.0)  # what the norms are before a call
 
 
 class Piece:
@@ -222,6 +231,7 @@ class Piece:
         self.row_moment = Tensor(p.state.row_moment[rows], types.compute)
         self.column_moment = Tensor(p.state.column_moment, types.compute)
         self.decay = Tensor(p.state.decay if p.moments == "column" else p.state.decay[rows], types.compute)
+        self.norms = Tensor(np.array(ADDED_TO), "f64") if p.watched else None
 
     def tensors(self) -> list[Tensor]:
         """What a step may change."""
@@ -230,7 +240,7 @@ class Piece:
             "column": [self.column_moment],
             "factored": [self.row_moment, self.column_moment],
         }
-        others = [tensor for tensor in (self.momentum, self.low_param) if tensor]
+        others = [tensor for tensor in (self.momentum, self.low_param, self.norms) if tensor]
         return [self.param, *others, *state[self.problem.moments], self.decay]
 
     def arrays(self) -> dict[str, Tensor]:
@@ -257,6 +267,7 @@ class Piece:
                 row_moment=None if p.moments == "column" else self.row_moment.pointer + by_row,
                 column_moment=None if p.moments == "row" else self.column_moment.pointer,
                 decay=self.decay.pointer + (0 if p.moments == "column" else by_row),
+                norms=self.norms.pointer if self.norms else None,
                 rows=-(-size // p.cols),
                 cols=min(size, p.cols),
                 row_count=p.cols,
@@ -416,6 +427,11 @@ def check(piece: Piece) -> None:
         assert_close(piece.row_moment.values, state.row_moment[rows], compute, f"{name}: row_moment", compute)
     if p.moments != "row":
         assert_close(piece.column_moment.values, state.column_moment, compute, f"{name}: column_moment", compute)
+    if piece.norms:
+        expected = p.norms(piece.start, piece.stop)
+        norms = piece.norms.values - ADDED_TO
+        assert_close(norms[:1], expected[:1], compute, f"{name}: norm of Delta", compute)
+        assert_close(norms[1:], expected[1:], compute, f"{name}: norm of the parameter", compute)
     decay = state.decay if p.moments == "column" else state.decay[rows]
     assert_close(piece.decay.values, decay, compute, f"{name}: decay", compute)
 

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "../../csrc/block.h"
@@ -54,11 +55,12 @@ int replay(std::ifstream& in, std::ofstream& out) {
   // A pointer in the file is 0, or the number of the array in the high half, from 1, and bytes into it in the low half.
   const auto place = [&](auto& pointer) {
     const auto code = reinterpret_cast<uintptr_t>(pointer);
-    pointer = code ? static_cast<char*>(arrays[(code >> 32) - 1].begin()) + (code & 0xffffffff) : nullptr;
+    void* const at = code ? static_cast<char*>(arrays[(code >> 32) - 1].begin()) + (code & 0xffffffff) : nullptr;
+    pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(at);
   };
   for (Block& b : blocks) {
     place(b.param), place(b.grad), place(b.momentum), place(b.low_param);
-    place(b.row_moment), place(b.column_moment), place(b.decay);
+    place(b.row_moment), place(b.column_moment), place(b.decay), place(b.norms);
   }
   const Array work = read_array(in);
   const Hypers hypers{hyper.data(), hyper_count, on_device != 0};

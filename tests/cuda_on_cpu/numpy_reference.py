@@ -42,7 +42,7 @@ class State:
 
 
 def step(theta: Array, grad: Array, state: State, moments: str, h: Hyper) -> tuple[Array, State]:
-    """The next parameter and the next state. `moments` is "row", "column" or "factored"."""
+    """What is taken from the parameter, and the next state. `moments` is "row", "column" or "factored"."""
     g = np.clip(grad, -h.clip, h.clip)
     squares = g * g
     row_moment, column_moment = state.row_moment, state.column_moment
@@ -76,7 +76,7 @@ def step(theta: Array, grad: Array, state: State, moments: str, h: Hyper) -> tup
     if momentum is not None:
         momentum = h.momentum * momentum + (1 - h.momentum) * delta
         delta = momentum
-    return theta - delta, State(row_moment, column_moment, b + gamma * (1 + b), momentum)
+    return delta, State(row_moment, column_moment, b + gamma * (1 + b), momentum)
 
 
 def mixed(x: Array | int, salt: int) -> Array:

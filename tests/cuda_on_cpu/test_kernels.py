@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cuda_on_cpu import (
+    ADDED_TO,
     HERE,
     MOMENTS,
     PAIRS,
@@ -52,6 +53,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return loaded
 
 
+@pytest.fixture(params=[False, True], ids=["", "norms"])
+def watched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without and with the norms that a monitor asks for."""
+    monkeypatch.setattr(Problem, "watched", request.param)
+
+
+@pytest.mark.usefixtures("watched")
 @pytest.mark.parametrize("way", ["step", "phases"])
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_matrices(library: ctypes.CDLL, way: str, moments: str) -> None:
@@ -67,6 +75,7 @@ TYPES += [Types("f32", grad, "f32", low=True) for grad in ("bf16", "f16")]
 TYPES += [Types("f32", "bf16", None, low=True)]
 
 
+@pytest.mark.usefixtures("watched")
 @pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(map(str, dataclasses.astuple(types))))
 def test_dtypes(library: ctypes.CDLL, types: Types) -> None:
     """Among them the new parameter in the gradient's dtype, low_param."""
@@ -126,6 +135,7 @@ def test_hypers_on_the_device(library: ctypes.CDLL, way: str) -> None:
     assert results[0] == results[1]
 
 
+@pytest.mark.usefixtures("watched")
 @pytest.mark.parametrize("shared", [5 * 1024, 64 * 1024])
 @pytest.mark.parametrize("offsets", [(0, 0, 0, 0), (1, 1, 1, 0), (0, 1, 0, 0)])
 def test_long_rows(library: ctypes.CDLL, shared: int, offsets: tuple[int, ...]) -> None:
@@ -136,6 +146,7 @@ def test_long_rows(library: ctypes.CDLL, shared: int, offsets: tuple[int, ...]) 
         check(piece)
 
 
+@pytest.mark.usefixtures("watched")
 def test_long_rows_of_half_the_width(library: ctypes.CDLL) -> None:
     for types in (Types("f32", "bf16", "bf16", low=True), Types("bf16", "bf16")):
         piece = Piece(Problem("row", 64, 16500, types, Hyper(seed=5.0)))
@@ -221,6 +232,7 @@ def test_launches_of_the_phases(library: ctypes.CDLL) -> None:
         assert library.amos_launches() - before == LAUNCHES[phase] + 1
 
 
+@pytest.mark.usefixtures("watched")
 @pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize(("rows", "cols", "borders"), CUTS)
 def test_pieces_equal_the_whole(
@@ -235,6 +247,36 @@ def test_pieces_equal_the_whole(
         check(piece)
     cut = np.concatenate([piece.param.values for piece in pieces])
     assert np.abs(cut - whole.param.values).max() <= 1e-6 * np.abs(whole.param.values).max()
+
+
+@pytest.mark.parametrize("way", ["step", "phases"])
+def test_norms_change_nothing(library: ctypes.CDLL, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of everything else are those of a step that nobody watches; and in every order of the blocks."""
+    shapes = [*MATRICES, (64, 4101)]
+    for types in (Types("f64", "f64", "f64"), Types("bf16", "bf16", "bf16")):
+        results = []
+        for watched, order in ((False, "fwd"), (True, "fwd"), (True, "rev")):
+            monkeypatch.setattr(Problem, "watched", watched)
+            pieces = [Piece(Problem(moments, *shape, types)) for moments in MOMENTS for shape in shapes]
+            with environment(SHIM_ORDER=order, SHIM_SMS="2"):
+                Call(library, pieces).run(way)
+            results.append([[t.bytes.tobytes() for t in p.tensors() if t is not p.norms] for p in pieces])
+            if watched:
+                results[-1] += [p.norms.bytes.tobytes() for p in pieces if p.norms]
+        assert results[1][: len(results[0])] == results[0]
+        assert results[1] == results[2]
+
+
+def test_norms_of_neighbours_go_to_one_place(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that follow each other, of whatever kind, may share a row of numbers."""
+    monkeypatch.setattr(Problem, "watched", True)
+    pieces = [Piece(Problem(moments, 3, 40)) for moments in MOMENTS]
+    call = Call(library, pieces)
+    for block in call.blocks:
+        block.norms = pieces[0].norms.pointer
+    call.run("step")
+    expected = sum(piece.problem.norms(0, 120) for piece in pieces)
+    assert_close(pieces[0].norms.values - ADDED_TO, expected, "f32", "norms")
 
 
 def test_columns_are_added_to(library: ctypes.CDLL) -> None:
@@ -319,6 +361,7 @@ def test_orders_and_grids_give_the_same_bits(library: ctypes.CDLL) -> None:
         assert result == dict(results[:2])[way]
 
 
+@pytest.mark.usefixtures("watched")
 def test_empty_blocks(library: ctypes.CDLL) -> None:
     """Blocks without elements, alone and among others, touch nothing, not even the columns."""
     full, empty = Piece(Problem("factored", 4, 30)), Piece(Problem("factored", 4, 30))
@@ -335,6 +378,7 @@ def test_empty_blocks(library: ctypes.CDLL) -> None:
         call.phase(name)
 
 
+@pytest.mark.usefixtures("watched")
 def test_blocks_without_momentum_among_others(library: ctypes.CDLL) -> None:
     types = Types(momentum="f32")
     pieces = [Piece(Problem(moments, 5, 37, types)) for moments in MOMENTS for _ in range(2)]

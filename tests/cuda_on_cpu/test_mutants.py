@@ -66,6 +66,16 @@ MUTANTS = {
         "(m[j] = next_momentum(m[j], step, k), step)"),
     "ends of a segment skipped": ("update.cuh", "first = lane; «first < n - body»; first +=", "first < head"),
     "vectors run past the body": ("update.cuh", "if («i + a * stride < end») e[a].update", "true"),
+    "Delta's square is its own": ("update.cuh", "squares[0] += «step * step»", "step"),
+    "the new parameter's norm": ("update.cuh", "squares[1] += «x[j] * x[j]»", "(x[j] - step) * (x[j] - step)"),
+    "a thread forgets its norms": ("update.cuh", "«norms.add(squares[0], squares[1]);»", ";"),
+    "norms of one lane": ("update.cuh", "    step = «warp_sum(step)»;", "step"),
+    "norms of one warp": ("update.cuh", "    theta = «cta_sum(theta, part[1])»;", "theta"),
+    "both norms in one place of shared memory": ("update.cuh", "    step = cta_sum(step, part[«0»]);", "1"),
+    "norms of the first block only": ("update.cuh", "block < «e->norm_blocks»", "1"),
+    "norms assigned": ("update.cuh", "«e->norms[i] += sum;»", "e->norms[i] = sum;"),
+    "norms of a row's unit in the first one's place": ("rows.cuh", "norms.leave(e, «row», norm_part)", "0"),
+    "norms not where the unit is": ("rows.cuh", "norms.leave(e, «u - cursor.begin», norm_part)", "u"),
     "the first unit twice": ("update.cuh", "u = args.units - 1 - «i»", "(i ? i - 1 : 0)"),
     # rows.cuh
     "an element at a row's end not summed": ("rows.cuh", "if («edge >= 0») edge_g = ", "edge > 0"),
@@ -83,6 +93,7 @@ MUTANTS = {
     "a row does not fit its CTA": ("kernels.cu", "while («threads * kHeld<T>» < cols)", "2 * threads * kHeld<T>"),
     "a narrow row does not fit its lanes": ("kernels.cu", "std::min(«kHeld<T>», kLaneCols)", "kLaneCols"),
     "uploads over each other": ("kernels.cu", "reinterpret_cast<uint4*>(«table_ + at»)", "table_"),
+    "too few places for norms": ("kernels.cu", "norm_parts += «2 * most_units(b)»", "most_units(b)"),
     "an upload loses its end": ("kernels.cu", "«size / sizeof(uint4)»", "size / sizeof(uint4) - 1"),
     "units of another launch": ("kernels.cu", "«pass.first_unit * sizeof(int64_t)»", "0"),
 }  # fmt: skip
@@ -111,17 +122,25 @@ def problems(types: Types) -> list[Problem]:
     return [Problem(moments, *shape, types, HYPER) for moments in MOMENTS for shape in SHAPES]
 
 
+def watched(some: list[Problem]) -> list[Problem]:
+    for problem in some:
+        problem.watched = True
+    return some
+
+
 LOW = Types("f32", "bf16", "f32", low=True)
 CALLS = [
     Replay(problems(LOW), "step", (0, 0, 1, 0)),
-    Replay(problems(LOW), "phases", (1, 2, 1, 1)),
-    Replay(problems(LOW), "step", (1, 1, 1, 2)),
+    Replay(watched(problems(LOW)), "phases", (1, 2, 1, 1)),
+    Replay(watched(problems(LOW)), "step", (1, 1, 1, 2)),
     Replay(problems(LOW), "step", (1, 1, 1, 1)),
     Replay([late(problem) for problem in problems(Types("bf16", "bf16"))], "phases", (1, 1, 0, 0)),
-    Replay([Problem("row", 3, 100, Types("f64", "f64")), Problem("row", 66, 4101, Types("f64", "f64"))], "step"),
+    Replay(watched([Problem("row", *shape, Types("f64", "f64")) for shape in [(3, 100), (66, 4101)]]), "step"),
     Replay([zero_column(Problem("factored", 3, 40)), cut(Problem("factored", 3, 600)), Problem("row", 1, 33000)],
            "phases"),
     Replay([Problem("factored", 10, 17000), Problem("row", 2, 33000)], "step"),
+    Replay(watched([cut(Problem("factored", 3, 600)), Problem("row", 40, 2100)]), "phases"),
+    Replay(watched([Problem("row", 3, 2100), Problem("row", 2, 2200)]), "step"),
     Replay([Problem("row", 1, 1 + i % 40, hyper=Hyper(lr=0.1 + i / 100), seed=i) for i in range(200)], "step",
            on_device=True),
 ]  # fmt: skip
@@ -129,7 +148,7 @@ CALLS = [
 # right after it has written, before ThreadSanitizer forgets who wrote.
 RACES = [
     Replay([Problem(m, *s) for m in MOMENTS for s in [(70, 36), (130, 20), (9, 1100), (300, 1)]], "step"),
-    Replay([Problem("factored", 4, 17000)], "step"),
+    Replay(watched([Problem("factored", 4, 17000), Problem("row", 70, 2100)]), "step"),
     Replay([Problem("row", rows, 4100, Types("f64", "f64")) for rows in (20, 64)], "step"),
 ]
 HUNTERS = [

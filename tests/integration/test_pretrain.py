@@ -3,12 +3,14 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from amos_dist.monitor.plot import read
 from tests.integration.pretraining import LAUNCH, copy_of, losses, pretrain, refused
 
 pytest.importorskip("deepspeed")
@@ -34,10 +36,18 @@ def test_one_rank_in_two_parts_equals_two_ranks(corpus: Path, saved: Path, tmp_p
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_other_stages_equal_stage_2(corpus: Path, saved: Path, tmp_path: Path, stage: int) -> None:
+    """Also with a monitor, which says the same in each."""
     config = ("--deepspeed_config", LAUNCH / f"zero{stage}.json")
-    done = pretrain("--data", corpus, *config, "--steps", 10, "--out", tmp_path)
+    watched = ("--monitor", "csv", "--monitor-every", 4)
+    done = pretrain("--data", corpus, *config, *watched, "--steps", 10, "--out", tmp_path)
     assert done.returncode == 0, done.stdout
     np.testing.assert_allclose(losses(tmp_path), losses(saved), rtol=2e-5)
+    curves = read(tmp_path / "monitor" / "amos" / "monitor.csv")
+    assert set(curves["update_norm"]["total"]) == {4, 8} and len(curves["update_norm"]) > 10
+    picture = tmp_path / "monitor.png"
+    command = [sys.executable, "-m", "amos_dist.monitor", tmp_path / "monitor" / "amos" / "monitor.csv", picture]
+    if stage == 3:
+        assert subprocess.run(command, check=True, timeout=100).returncode == 0 and picture.stat().st_size > 10_000
 
 
 def test_resume_is_exact(corpus: Path, saved: Path, tmp_path: Path) -> None:
