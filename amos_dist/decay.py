@@ -27,7 +27,8 @@ class _Decay(LRScheduler):
     """lr_t = lr_0 f(t): linear warm-up over `warmup` steps, then a factor that halves after `half_life` more steps.
 
     Args:
-        half_life, warmup: in steps.
+        half_life: in steps after the warm-up.
+        warmup: in steps.
         sigma: the scale of the entries, of groups that have no `sigma` of their own. It couples their weight decay:
             rho_t = lr_0^2 / (2 q sigma^2) f(t), of Adam-like directions, whose lr is alpha_0 sigma. That is what
             the optimizer takes off as lr * weight_decay (AdamW, Muon: weight_decay = lr_0 / (2 q sigma^2)).
@@ -124,7 +125,7 @@ class IntegralDecay(_Decay):
         p: pairs [t, p] between which p is linear, and constant outside, as DeepSpeed's JSON can hold them; or a
             function of t (in steps after the warm-up), which is integrated step by step, and is not saved in
             state_dict(); or a number: a constant. Never negative.
-        half_life, warmup, sigma, q, independent: as of the other decays.
+        half_life: this, and what is not here, as of the other decays.
 
     Raises:
         ValueError: p is negative, or 0 up to the half-life.

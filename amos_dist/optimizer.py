@@ -57,19 +57,21 @@ class Amos(Optimizer):
         row_dims: the first `row_dims` dimensions are the rows of a parameter's matrix view.
         clip_value: element-wise bound on the gradient, before anything else.
         extra_l2: more weight decay, inside the paper's d factor.
-        c_coef, d_coef: the paper's c and d are 1 / sqrt(1 + c_coef sqrt(lr) b) and 1 / (1 + d_coef sqrt(lr sigma) b).
+        c_coef: the paper's c is 1 / sqrt(1 + c_coef sqrt(lr) b).
+        d_coef: the paper's d is 1 / (1 + d_coef sqrt(lr sigma) b).
         eps: floor of the second moment.
         momentum_dtype: "float32" (default) or "bfloat16"; float64 parameters have float64.
         maximize: go up instead of down.
-        foreach, fused: None: the native kernels where they are built. fused=True insists; fused=False or foreach=True
-            asks for plain torch.
+        foreach: True asks for plain torch.
+        fused: None: the native kernels where they are built; True insists, False asks for plain torch.
         capturable: `step`, and `lr` where it is a tensor, stay on the device and are not looked at: a CUDA graph can
             replay the step. Take an ordinary step before the capture; after it, change nothing in the groups but `lr`.
         master_weights: bfloat16 and float16 parameters are kept in the state in float32 too, as `master`; the parameter
             itself gets the rounded numbers in the same pass. Weights that are loaded later reach the master too.
         stochastic_rounding: bfloat16 parameters (without a master) are rounded up or down by chance, so that small
-            steps are not lost. seed: below 2**31; the same seed gives the same numbers in every run, at every step, on
-            every rank and device.
+            steps are not lost.
+        seed: of that; below 2**31. The same seed gives the same numbers in every run, at every step, on every rank and
+            device.
         on_nonfinite: where a gradient is NaN or infinite (or so large that its squares are): "skip": no parameter is
             stepped on any rank, and `skipped_steps` counts it. "raise": an error, on every rank; nothing has changed.
             "ignore": it goes where the formulas take it, but "row" and "full" moments then read the gradient once, not

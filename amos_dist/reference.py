@@ -139,15 +139,18 @@ def amos_step(
     """Changes `param` and `state` in place by one step, and returns `param`.
 
     Args:
-        param, grad: tensors of one shape, 0-d and up; float64 is computed in float64, all else in float32.
+        param: 0-d and up; float64 is computed in float64, all else in float32.
+        grad: of the same shape.
         state: empty before the first step; then `step` (int), `decay`, `momentum`, and `row_moment` and `column_moment`
             ("factored"), or `row_moment`, `column_moment`, `moment` ("scalar", "full"): keepdim shapes, compute dtype.
         lr: the paper's xi at this step.
         sigma: the paper's eta, the scale where entries settle; "auto": measured at the first step, kept in `state`.
-        clip_value: element-wise, before anything else. extra_l2: inside the d factor.
-        foreach, fused, capturable: say how class Amos computes; nothing here.
+        clip_value: element-wise, before anything else.
+        extra_l2: inside the d factor.
+        foreach: this, `fused` and `capturable` say how class Amos computes; nothing here.
         master_weights: keeps a bfloat16 or float16 parameter in float32 too, as `state["master"]`.
-        stochastic_rounding: of a bfloat16 parameter without a master; seed: the parameter's own, below 2**32.
+        stochastic_rounding: of a bfloat16 parameter without a master.
+        seed: the parameter's own, below 2**32.
     """
     if isinstance(sigma, str):
         sigma = float(state.setdefault("sigma", _measured(param, row_dims, sigma)))

@@ -21,7 +21,7 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ ! -d /run/systemd/sy
         echo "openssh-server and pdsh could not be installed" >&2
 fi
 
-python=$(./launch/install.sh ${here[@]+"${here[@]}"} tests/requirements.txt | tail -n 1)
+python=$(./launch/install.sh ${here[@]+"${here[@]}"} tests/requirements.txt docs/requirements.txt | tail -n 1)
 export PATH="$(dirname "$python"):$PATH"
 command -v g++ nvcc || true  # what the tests of the CUDA sources have to work with
 

@@ -32,10 +32,12 @@ def convert(
     """Writes the checkpoint `source`, whose kind its files tell, as another kind.
 
     Args:
-        destination: made whole or not at all. to: "plain" (a file), "dcp" or "zero" (universal; folders).
+        destination: made whole or not at all.
+        to: "plain" (a file), "dcp" or "zero" (universal; folders).
         tag: of a ZeRO source; default: the one in its file `latest`.
         dtype: "float32", "bfloat16" or "float16", of the weights; default: as they are, and of a ZeRO source float32.
-        model_key, optimizer_key: where in a plain or dcp source they are, as "app.model"; default: found by their form.
+        model_key: where in a plain or dcp source it is, as "app.model"; default: found by its form.
+        optimizer_key: the same of the optimizer.
         write_as: the same keys in a plain or dcp destination.
         flatten: the optimizer's section as with flatten_optimizer_state_dict=True.
         force: replace the checkpoint `destination`.

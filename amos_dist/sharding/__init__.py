@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from . import dtensor, whole, zero
@@ -13,6 +15,7 @@ from .shares import Shares
 from .whole import followers
 
 __all__ = [
+    "FINDERS",
     "Block",
     "Cut",
     "Holders",
@@ -31,6 +34,10 @@ __all__ = [
     "neighbours",
     "refuse_unknown",
 ]
+
+# Other frameworks' (docs/sharding.md), asked first: called with a tensor of a parameter group and the parameters with
+# which that group was made, each returns None where the tensor is none of its own.
+FINDERS: list[Callable[[torch.Tensor, list[Original]], Layout | None]] = []
 
 
 def refuse_unknown(param: torch.Tensor, name: str) -> None:
@@ -58,7 +65,8 @@ def layout_of(
         RuntimeError: the tensor is neither one of them nor a partition of them.
     """
     layout = (
-        whole.find(tensor, originals)
+        next(filter(None, (find(tensor, originals) for find in FINDERS)), None)
+        or whole.find(tensor, originals)
         or zero.find(tensor, originals, everywhere, alone=count == 1)
         or whole.find_clone(tensor, index, originals)
     )
