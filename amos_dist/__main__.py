@@ -1,7 +1,7 @@
 """python -m amos_dist info: what was built here or on other hosts, and what is missing. bench: what a step costs.
 
 convert: a checkpoint of one framework as another's. verify: whether a sealed one is whole. rules: sigma by parameter.
-plan: what a step holds and sends on thousands of ranks.
+plan: what a step holds and sends on thousands of ranks. memory: what training holds on one, beside other optimizers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from . import bench as measuring
 from . import bench_cases as cases
 from . import bench_report as report
-from . import convert, hosts, manifest, scaling, versions
+from . import convert, hosts, manifest, memory, scaling, versions
 from .ops import build_info
 from .rules import table as rules_table
 
@@ -117,6 +117,7 @@ def main() -> int:
     )
     rules_table.add_arguments(commands.add_parser("rules", help="sigma and moments of a model's parameters, and why"))
     scaling.add_arguments(commands.add_parser("plan", help="what a step holds and sends on thousands of ranks"))
+    memory.add_arguments(commands.add_parser("memory", help="what training holds on a rank, beside other optimizers"))
     arguments = parser.parse_args()
     if arguments.command == "info" and not arguments.hostfile:
         info(arguments.json)
@@ -137,6 +138,10 @@ def main() -> int:
         if arguments.command == "plan":
             refuse_files(arguments)
             print(scaling.command(arguments))
+            return 0
+        if arguments.command == "memory":
+            refuse_files(arguments)
+            print(memory.command(arguments))
             return 0
         return bench(arguments)
     except ValueError as error:  # of the arguments: two sentences say what to change

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from amos_dist.memory.watching import MEANS, Watch
+
+MEMORY_MEANS, StepMemory = MEANS, Watch
 
 
 class StepTimes:
@@ -50,34 +52,3 @@ class StepTimes:
         begun = self.now()
         yield
         self.stepping = self.now() - begun
-
-
-MEMORY_MEANS = {
-    "cuda": "the CUDA allocator's peak less what it held before",
-    "cpu": "what it takes from torch's CPU allocator, by torch's profiler",
-}
-
-
-class StepMemory:
-    """The most bytes that one step holds above what was held before it: `peak`, when the block has ended."""
-
-    peak = 0
-
-    @contextmanager
-    def watch(self, device: torch.device) -> Iterator[None]:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            yield
-            torch.cuda.synchronize(device)
-            self.peak = torch.cuda.max_memory_allocated(device) - before
-            return
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            yield
-        held = 0
-        assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-        events = profiler.profiler.kineto_results.events()
-        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            self.peak = max(self.peak, held)
