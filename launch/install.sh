@@ -89,7 +89,9 @@ elif [ "$installed" = False ] || [ "$(cat "$stamp")" != "$sources" ]; then
     command -v "${CXX:-c++}" >/dev/null ||
         fail "no C++ compiler: ${CXX:-c++} is not on PATH. Install one (Debian, Ubuntu: apt-get install g++) or set CXX."
     say "building the extension"
-    "$python" -m pip install -qq --no-build-isolation --no-deps --force-reinstall "$root" >&2 ||
+    rm -f "$root"/dist/amos_dist-*.whl
+    ("$python" -m pip wheel -qq --no-build-isolation --no-deps --wheel-dir "$root/dist" "$root" &&
+        "$python" -m pip install -qq --no-deps --force-reinstall "$root"/dist/amos_dist-*.whl) >&2 ||
         fail "the extension did not build; the compiler's message is above."
     echo "$sources" >"$stamp"
 fi

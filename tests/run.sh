@@ -29,6 +29,7 @@ ruff check .
 ruff format --check .
 mypy
 clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*
+typos
 
 # Fast ones first
 exec python -m pytest tests/unit tests/cuda_on_cpu tests/distributed tests/integration tests/multinode tests/fuzz "$@"
