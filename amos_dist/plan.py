@@ -55,8 +55,13 @@ class _Bucket:
         self._memory = settle(self.waves, dtype, device, at_once)
 
     @property
+    def works(self) -> list[Tensor]:
+        """All that is kept from step to step beside the state."""
+        return [self.local_work, self.kept_work, *self.staying]
+
+    @property
     def staying(self) -> list[Tensor]:
-        """What is kept from step to step of what travels."""
+        """Of these, what travels."""
         few = [each for wave in self.waves for each in wave.exchanges if isinstance(each, Holders)]
         return [*self._memory, *(tensor for each in few for tensor in (each.sent, each.received))]
 

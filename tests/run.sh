@@ -31,5 +31,8 @@ mypy
 clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*
 typos
 
-# Fast ones first
-exec python -m pytest tests/unit tests/cuda_on_cpu tests/distributed tests/integration tests/multinode tests/fuzz "$@"
+# Two at a time, each file by one of them: many tests wait more than they work. Long ones first, so that nobody is left
+# with one at the end.
+export OMP_WAIT_POLICY=passive  # threads of one that turn in a loop take the time of the other's
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+    tests/multinode tests/distributed tests/integration tests/cuda_on_cpu tests/fuzz tests/unit "$@"

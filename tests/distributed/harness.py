@@ -11,12 +11,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+
+from tests.distributed.zygote import OF_A_RANK, Rank, fork
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,14 +36,47 @@ def forget_memory(port: str) -> None:
         left.unlink(missing_ok=True)
 
 
+Process = subprocess.Popen[bytes] | Rank
+
+
+def begin(words: list[str], environment: dict[str, str], log: Path, folder: Path | None = None) -> Process:
+    """Python with these words, in a session of its own, in `folder`; where it is a script, as a fork."""
+    log.write_bytes(b"")
+    if words[0].endswith(".py") and sys.platform == "linux":
+        return fork(words, environment, log, folder or Path.cwd())
+    with log.open("w") as out:
+        return subprocess.Popen(
+            [sys.executable, *words],
+            cwd=folder,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def end(process: Process) -> None:
+    """Kills what still runs, with all in its session."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 @contextlib.contextmanager
 def started(
-    command: Sequence[str | int | Path], ranks: int, folder: Path, arguments: Any, **environment: str
-) -> Iterator[tuple[list[subprocess.Popen[bytes]], list[Path]]]:
+    command: Sequence[str | int | Path],
+    ranks: int,
+    folder: Path,
+    arguments: Any,
+    cwd: Path | None = None,
+    **environment: str,
+) -> Iterator[tuple[list[Process], list[Path]]]:
     """Runs a script on every rank: the processes, and the file with the output of each. All end with the context.
 
     Args:
-        command: the script and its words. folder: where it finds `arguments`, and reports. environment: more of it.
+        command: the script and its words, or options of Python. folder: where it finds `arguments`, and reports.
+        cwd: where it runs. environment: more of it.
     """
     (folder / "arguments.json").write_text(json.dumps(arguments))
     port = str(free_port())
@@ -54,28 +90,19 @@ def started(
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "DS_ACCELERATOR": "cpu",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         **environment,
     }
     logs = [folder / f"log{rank}" for rank in range(ranks)]
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[Process] = []
     try:
         for rank, log in enumerate(logs):
-            with log.open("w") as out:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *map(str, command)],
-                        env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                )
+            own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(begin([str(word) for word in command], own, log, cwd))
         yield processes, logs
     finally:
         for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end(process)
         forget_memory(port)
 
 
@@ -133,18 +160,45 @@ def run_cases(worker: Path, ranks: int, cases: list[dict[str, Any]], timeout: fl
 
 
 def launch(
-    *command: str | int | Path, ranks: int, folder: Path | None = None, limit: float = 240
+    *command: str | int | Path, ranks: int, folder: Path | None = None, limit: float = 240, launcher: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script on `ranks` ranks, in `folder`: under DeepSpeed's launcher, or plainly for one; all processes end.
+    """Runs a script on `ranks` ranks, in `folder`, and all processes end.
 
-    A rank that is still running after `limit` seconds is an AssertionError with the output.
+    With several ranks under DeepSpeed's launcher, or, where the test is not about that, each as a launcher starts it;
+    one alone plainly. A rank that is still running after `limit` seconds is an AssertionError with the output.
     """
-    words, port = [sys.executable], str(free_port())
-    if ranks > 1:
-        options = ["--quiet", "--num_gpus", str(ranks), "--master_port", port]
-        words += ["-m", "deepspeed.launcher.runner", *options]
-    words += map(str, command)
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if ranks > 1 and launcher:
+        return _under_deepspeed(command, ranks, folder, limit)
+    words = [str(word) for word in command]
+    given = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
+    given |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    late = False
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+        if ranks > 1:
+            processes, logs = stack.enter_context(started(command, ranks, Path(place), None, folder))
+        else:
+            logs = [Path(place, "log")]
+            processes = [begin(words, given, logs[0], folder)]
+            stack.callback(end, processes[0])
+        limit += time.monotonic()
+        for process in processes:
+            try:
+                process.wait(max(0.0, limit - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                late = True
+        status = next((process.returncode for process in processes if process.returncode), 0)
+        output = "".join(log.read_text() for log in logs)
+    assert not late, f"ranks were still running:\n{output[-3000:]}"
+    return subprocess.CompletedProcess([sys.executable, *words], status, output, "")
+
+
+def _under_deepspeed(
+    command: Sequence[str | int | Path], ranks: int, folder: Path | None, limit: float
+) -> subprocess.CompletedProcess[str]:
+    port = str(free_port())
+    options = ["--quiet", "--num_gpus", str(ranks), "--master_port", port]
+    words = [sys.executable, "-m", "deepspeed.launcher.runner", *options, *map(str, command)]
+    inherited = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
     process = subprocess.Popen(
         words,
         cwd=folder,

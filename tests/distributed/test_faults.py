@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -16,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.harness import ROOT, started
+from amos_dist import __main__
+from tests.distributed.harness import started
 
 WORKER = Path(__file__).with_name("faults_worker.py")
 
@@ -47,8 +50,8 @@ def start(
     case: dict[str, Any], *command: str | int | Path, ranks: int, folder: Path, limit: float = 200
 ) -> list[Ended]:
     """Runs the worker, or another command, on so many ranks, of which some may die; all must end within the limit."""
-    seconds, more = [0.0] * ranks, {"TORCH_CPP_LOG_LEVEL": "ERROR", "AMOS_FAULT": json.dumps(case)}
-    with started(command or (WORKER,), ranks, folder, case, **more) as (running, logs):
+    seconds = [0.0] * ranks
+    with started(command or (WORKER,), ranks, folder, case, AMOS_FAULT=json.dumps(case)) as (running, logs):
         begun = time.monotonic()
         while any(process.poll() is None for process in running) and time.monotonic() < begun + limit:
             seconds = [
@@ -104,9 +107,12 @@ def loads(folder: Path, stage: int, *which: tuple[Path, str | None], then: int =
     return start(case, ranks=2, folder=folder)
 
 
-def verify(folder: Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "amos_dist", "verify", str(folder)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT)
+def verify(folder: Path) -> tuple[int, str]:
+    """The exit status of the command, and its errors."""
+    errors = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        patch.setattr(sys, "argv", ["amos_dist", "verify", str(folder)])
+        return __main__.main(), errors.getvalue()
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -127,7 +133,7 @@ def test_faults_while_saving_leave_the_last_good_checkpoint(stage: int, tmp_path
     for place in (killed, full):
         assert (place / "latest").read_text() == "one"
         assert not (place / "two" / "manifest.json").exists()
-        assert verify(place).returncode == 0
+        assert verify(place) == (0, "")
     # DeepSpeed's own, without a barrier before `latest` (stage 3 happens to have one): this is why manifest.save exists
     assert (plain / "latest").read_text() == {2: "two", 3: "one"}[stage]
     for each in loads(tmp_path, stage, (killed, None), (full, None), (plain, "one"), then=1):
@@ -182,13 +188,12 @@ def damaged(saved: Path, folder: Path, damage: Any) -> tuple[Path, Path, str]:
 
 @pytest.mark.parametrize("damage", [truncate, remove, flip, mix])
 def test_the_manifest_finds_damage(damage: Any, stage_and_saved: tuple[int, Path], tmp_path: Path) -> None:
-    whole = verify(stage_and_saved[1])
-    assert (whole.returncode, whole.stderr) == (0, "")
+    assert verify(stage_and_saved[1]) == (0, "")
     place, file, word = damaged(stage_and_saved[1], tmp_path, damage)
-    found = verify(place)
-    assert found.returncode == 2
-    assert found.stderr.startswith(f"error: {file}: ") and word in found.stderr, found.stderr
-    assert found.stderr.count("\n") == 1
+    status, errors = verify(place)
+    assert status == 2
+    assert errors.startswith(f"error: {file}: ") and word in errors, errors
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("damage", [truncate, remove])

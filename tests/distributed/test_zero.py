@@ -99,7 +99,8 @@ SECONDS = [case("second engine", stage, "bf16", do="second") for stage in (0, 1)
 
 
 def results(ranks: int) -> list[dict[str, Any]]:
-    cases = TRAINING[ranks] + (RESUMES + FAULTS + NONFINITE + SECONDS if ranks == 2 else [])
+    trained = [{**each, "size": 24, "micro": 12 // ranks} for each in TRAINING[ranks]]  # 2 passes a step
+    cases = trained + (RESUMES + FAULTS + NONFINITE + SECONDS if ranks == 2 else [])
     return run_cases(WORKER, ranks, cases, timeout=420)
 
 

@@ -27,6 +27,6 @@ def saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """10 steps with ZeRO-2 on 2 ranks without a break, with checkpoints after 5 and 10."""
     pytest.importorskip("deepspeed")
     out = tmp_path_factory.mktemp("saved")
-    done = pretrain("--data", corpus, "--steps", 10, "--save-every", 5, "--out", out)
+    done = pretrain("--data", corpus, "--steps", 10, "--save-every", 5, "--out", out, launcher=True)
     assert done.returncode == 0, done.stdout
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -17,20 +18,29 @@ LAUNCH = ROOT / "launch"
 TINY = ("--size", "tiny", "--eval-windows", 32)
 
 
-def pretrain(*arguments: str | int | Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """With DeepSpeed, under its launcher."""
-    return launch(LAUNCH / "pretrain.py", *TINY, *arguments, ranks=ranks)
+def pretrain(*arguments: str | int | Path, ranks: int = 2, launcher: bool = False) -> subprocess.CompletedProcess[str]:
+    """With DeepSpeed; under its launcher, if asked for."""
+    return launch(LAUNCH / "pretrain.py", *TINY, *arguments, ranks=ranks, launcher=launcher)
 
 
-def pretrain_fsdp2(out: Path, *arguments: str | int | Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """With FSDP2, under torchrun, or plainly for one rank; without DeepSpeed. No process may outlive its launcher."""
+@functools.cache
+def without_deepspeed() -> tempfile.TemporaryDirectory[str]:
+    """A folder for PYTHONPATH."""
+    folder = tempfile.TemporaryDirectory()
+    Path(folder.name, "deepspeed.py").write_text("raise ImportError('DeepSpeed was imported')\n")
+    return folder
+
+
+def pretrain_fsdp2(
+    out: Path, *arguments: str | int | Path, ranks: int = 2, launcher: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """With FSDP2, without DeepSpeed; under torchrun, if asked for. No process may outlive its launcher."""
     torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port())
     job = (LAUNCH / "pretrain.py", "--engine", "fsdp2", *TINY, "--out", out, *arguments)
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        Path(folder, "deepspeed.py").write_text("raise ImportError('DeepSpeed was imported')\n")
-        patch.setenv("PYTHONPATH", folder, prepend=os.pathsep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", without_deepspeed().name, prepend=os.pathsep)
         try:
-            result = launch(*(torchrun if ranks > 1 else ()), *job, ranks=1)
+            result = launch(*torchrun, *job, ranks=1) if launcher else launch(*job, ranks=ranks, launcher=False)
             assert not running(out), result.stdout
         finally:
             for process in running(out):  # torchrun gives each rank a session of its own

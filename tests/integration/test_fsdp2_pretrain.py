@@ -22,7 +22,7 @@ from tests.integration.pretraining import LAUNCH, changed, copy_of, losses, pret
 def trained(saved: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """10 steps on 2 ranks without a break, with checkpoints after 5 and 10."""
     out = tmp_path_factory.mktemp("trained")
-    done = pretrain_fsdp2(out, "--data", corpus, "--steps", 10, "--save-every", 5)
+    done = pretrain_fsdp2(out, "--data", corpus, "--steps", 10, "--save-every", 5, launcher=True)
     assert done.returncode == 0, done.stdout
     return out
 
@@ -80,7 +80,7 @@ def test_truncated_checkpoint_is_refused(trained: Path, tmp_path: Path, launch_m
 
 def test_other_settings_are_refused(corpus: Path, trained: Path, tmp_path: Path) -> None:
     copy_of(trained, tmp_path)
-    result = pretrain_fsdp2(tmp_path, "--data", corpus, "--steps", 10, "--seed", 1, "--resume")
+    result = pretrain_fsdp2(tmp_path, "--data", corpus, "--steps", 10, "--seed", 1, "--resume", launcher=True)
     refused(result, "step000005", "seed = 0, not 1")
 
 

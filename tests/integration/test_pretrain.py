@@ -60,7 +60,8 @@ def test_resume_is_exact(corpus: Path, saved: Path, tmp_path: Path) -> None:
 def test_truncated_checkpoint_is_refused(corpus: Path, saved: Path, tmp_path: Path) -> None:
     file = max(copy_of(saved, tmp_path).glob("*optim_states.pt"))
     os.truncate(file, file.stat().st_size // 2)
-    refused(pretrain("--data", corpus, "--steps", 10, "--out", tmp_path, "--resume"), file, "truncated")
+    result = pretrain("--data", corpus, "--steps", 10, "--out", tmp_path, "--resume", launcher=True)
+    refused(result, file, "truncated")
     assert not (tmp_path / "results.json").exists()
 
 

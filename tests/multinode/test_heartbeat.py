@@ -17,8 +17,8 @@ def start(
     folder: Path, ranks: int, *, waits: bool, stops: bool = True, leaves: bool = False, limit: float = 120
 ) -> list[tuple[int, str]]:
     """The status and the output of the ranks that are not stopped."""
-    case, quiet = {"waits": waits, "stops": stops, "leaves": leaves}, {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-    with started([WORKER], ranks, folder, case, **quiet) as (processes, logs):
+    case = {"waits": waits, "stops": stops, "leaves": leaves}
+    with started([WORKER], ranks, folder, case) as (processes, logs):
         end = time.monotonic() + limit
         ended = [process.wait(max(0.0, end - time.monotonic())) for process in processes[: ranks - stops]]
     return [(status, log.read_text()) for status, log in zip(ended, logs, strict=False)]

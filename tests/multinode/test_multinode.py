@@ -44,7 +44,9 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_one_host(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of four ranks."""
     out = tmp_path_factory.mktemp("one")
-    done = launch("launch/pretrain.py", *JOB, "--data", tokens, "--out", out, ranks=4, folder=ROOT, limit=400)
+    done = launch(
+        "launch/pretrain.py", *JOB, "--data", tokens, "--out", out, ranks=4, folder=ROOT, limit=400, launcher=False
+    )
     assert done.returncode == 0, done.stdout
     return losses(out)
 
