@@ -48,7 +48,7 @@ def _difference(found: list[tuple[int, list[str]]], facts: Sequence[str]) -> str
                 there, here = "the same parameters and settings", "them in another order"
             return (
                 f"rank {rank} has {there} where this rank has {here}. "
-                "Start all ranks with the same script, configuration and version."
+                "Start all ranks with the same script, configuration, version and weights."
             )
     return ""
 
