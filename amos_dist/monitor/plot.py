@@ -43,7 +43,13 @@ def plot(path: Path, picture: Path) -> None:
         total = found.pop(TOTAL, {})
         for number, (_, points) in enumerate(sorted(found.items())):
             steps, values = zip(*sorted(points.items()), strict=True)
-            panel.plot(steps, values, linewidth=0.7, alpha=0.6, color=matplotlib.colormaps["viridis"](number / max(1, len(found) - 1)))
+            panel.plot(
+                steps,
+                values,
+                linewidth=0.7,
+                alpha=0.6,
+                color=matplotlib.colormaps["viridis"](number / max(1, len(found) - 1)),
+            )
         if total:
             steps, values = zip(*sorted(total.items()), strict=True)
             panel.plot(steps, values, color="black", linewidth=2, label="total")
