@@ -31,6 +31,13 @@ mypy
 clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*
 typos
 
+# DeepSpeed compiles its collectives for the CPU at their first use. Were that a test that kills ranks, a lock would be
+# left, for which all others would wait for ever.
+export TORCH_EXTENSIONS_DIR=$PWD/build/torch_extensions
+rm -f "$TORCH_EXTENSIONS_DIR"/*/lock
+DS_ACCELERATOR=cpu python -c 'from deepspeed.accelerator import get_accelerator as get
+get().create_op_builder("ShareMemCommBuilder").load()' >/dev/null
+
 # Two at a time, each file by one of them: many tests wait more than they work. Long ones first, so that nobody is left
 # with one at the end.
 export OMP_WAIT_POLICY=passive  # threads of one that turn in a loop take the time of the other's
