@@ -53,6 +53,8 @@ REASONS = [
     ("does not work with zero_optimization.elastic_checkpoint", "refused at initialize: elastic_checkpoint"),
     ("does not work with zero_optimization.offload_optimizer.ratio", "refused at initialize: offload_optimizer.ratio"),
     ("does not work with bf16_master_weights_and_grads", "refused at initialize: bf16_master_weights_and_grads"),
+    ("does not work with fp16_master_weights_and_grads", "refused at initialize: fp16_master_weights_and_grads"),
+    ("TestOneCycle::test_mom", "cycles Adam's betas, which Amos does not have"),
     ("TestParamPartitioningSkipInit.*NaN or infinite", "the test trains weights that nothing has initialised"),
     ("TestClientOptimizer|TestConfigOptimizer", "asks whether the engine's optimizer is an Adam"),
     ("has sigma=.*measured for .* where this rank", "refused: ranks whose weights, and so sigma, differ at first"),

@@ -216,7 +216,7 @@ def install() -> None:
     common.get_master_port = lambda: str(free_port())  # one that no other run on this machine has
 
     # What the tests have for a GPU alone: bf16, for which they ask for NCCL; devices by number; a collective.
-    util.bf16_required_version_check = lambda *_: True
+    util.bf16_required_version_check = lambda *_, **__: True
     common.reduce_boolean_flags = flags_of_all_ranks
     replicate = torch.nn.parallel.DistributedDataParallel.__init__
 
@@ -253,7 +253,8 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    for file, count in Counter(item.nodeid.split("::")[0].removeprefix("unit/") for item in items).items():
+    wanted = [item.nodeid for item in items if item.get_closest_marker("nightly") is None]
+    for file, count in Counter(name.split("::")[0].removeprefix("unit/") for name in wanted).items():
         note("results", {"optimizer": "collected", "id": file, "count": count})
     yield  # what -k and marks leave out
     done, only = set(ORDERS["done"]), ORDERS["only"]
