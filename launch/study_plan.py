@@ -93,6 +93,7 @@ class Entry:
 
 SHORTER, LATER = (0.5, 0.7, 0.85), 2
 AMOS: Setting = {"optimizer": "amos", "lr": "1/sqrt(batches)", "sigma": "paper", "beta": 0.99, "momentum": 0.9}
+RULE: Setting = AMOS | {"lr": "1/sqrt(steps)", "schedule": "linear"}  # what tuning on the small GPT, the first task, led to
 ADAMW: Setting = {"optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95}
 LINEAR, LONG_WARMUP = {"schedule": "linear"}, {"warmup": 0.15}
 AMOS_CHANGES: tuple[Setting, ...] = (LINEAR, LONG_WARMUP, {"beta": 0.98}, {"beta": 0.999}, {"sigma": "auto"})
@@ -107,8 +108,8 @@ RELATIVE_CHANGES: tuple[Setting, ...] = (LINEAR, LONG_WARMUP, {"sigma": "lamb"},
 
 
 def variant(name: str, label: str, tasks: str = "language", wave: int = 1, **changes: Any) -> Entry:
-    """Amos with its learning rate rule and these settings changed."""
-    return Entry(f"amos_{name}", f"Amos, {label}", AMOS | changes, wave=wave, tasks=tasks)
+    """Amos by the rule that came of the small GPT, with these settings changed."""
+    return Entry(f"amos_{name}", f"Amos, {label}", RULE | changes, wave=wave, tasks=tasks)
 
 
 ENTRIES = {
@@ -125,19 +126,22 @@ ENTRIES = {
         ),
         Entry("amos_tuned", "Amos, tuned", AMOS, Tuning(0.02, AMOS_CHANGES), 1, "all", lengths=SHORTER),
         # Amos, one thing changed: what its defaults are to be set from
-        variant("steps", "lr = 1/√steps", "all", 0, lr="1/sqrt(steps)"),
-        variant("linear", "linear decay", schedule="linear"),
+        Entry("amos_rule", "Amos, lr = 1/√steps, linear decay", RULE, wave=0, tasks="all", lengths=SHORTER),
+        variant("steps", "lr = 1/√steps, cosine", "all", 0, schedule="cosine"),
+        variant("warmup", "warm-up of 15 %", warmup=0.15),
         variant("su", "Su's decay", schedule="su"),
         variant("constant", "its own decay alone", schedule="constant"),
         variant("own", "its own decay, to 10 % at the end", schedule="constant", ends_at=0.1),
         variant("auto", 'σ "auto"', sigma="auto"),
         variant("row", 'moments "row"', moments="row"),
         variant("beta999", "β 0.999", beta=0.999),
+        variant("beta999_warmup", "β 0.999, warm-up of 15 %", "all", 0, beta=0.999, warmup=0.15),
+        variant("plain", "no momentum, untuned", momentum=0.0),
         variant("bf16", "bf16 momentum", momentum_dtype="bfloat16"),
         variant("noclip", "gradients not clipped", clip=None),
         variant("direction", "momentum of the direction", optimizer="amos_variant", momentum_of="direction"),
         variant("rms", "the same, RMS clipped to 1", optimizer="amos_variant", momentum_of="direction", rms_clip=1.0),
-        Entry("amos_plain", "Amos without momentum, tuned", AMOS | {"momentum": 0.0}, Tuning(0.01, AMOS_CHANGES), 1),
+        Entry("amos_plain_tuned", "Amos without momentum, tuned", AMOS | {"momentum": 0.0}, Tuning(0.01, AMOS_CHANGES), 1),
         # The others
         Entry(
             "muon",

@@ -70,9 +70,9 @@ class Pending:
 
     def __init__(self, tensor: torch.Tensor, group: Any, collective: Any = None, *given: torch.Tensor) -> None:
         self.tensor, self.reached = tensor, _within_reach(tensor, group)
-        others = [_within_reach(each, group) for each in given]
+        self.given = [_within_reach(each, group) for each in given]  # kept until it has been waited for
         work: Any = collective or dist.all_reduce
-        self.work = work(self.reached, *others, group=group, async_op=True)
+        self.work = work(self.reached, *self.given, group=group, async_op=True)
 
     def wait(self) -> None:
         if self.work is not None:
