@@ -140,8 +140,9 @@ def make_state(member: Member, state: State, original: Original | None, kinds: d
         if key not in whole or whole[key].numel() != math.prod(shape):
             return (
                 f"the state {key!r} of {member.name!r} has {whole[key].numel() if key in whole else 'no'} entries, "
-                f"expected {math.prod(shape)}. The checkpoint is of another model, another number of ranks or "
-                "other `moments`: use the ones it was written with."
+                f"expected {math.prod(shape)}. The checkpoint is of another model, another number of ranks, "
+                "other `moments`, or an earlier amos_dist whose ranks kept other shares of it: use what it "
+                "was written with, there also to convert it (python -m amos_dist convert)."
             )
         if fault := misplaced(whole[key], key, tensor, member.name, kept.get(key, range(tensor.dim()))):
             return fault

@@ -215,8 +215,9 @@ class Plan:
         self.checked = any(member.checked for member in members)
         self._at_once = self.checked or bool(everyone)  # all sums are known before anything changes
         self.buckets: list[_Bucket] = []
+        telling = next((some for some in together.values() if any(member.layout.groups for member in some)), None)
         for (device, dtype), some in together.items():
-            told = () if self.buckets else everyone
+            told = everyone if some is telling else ()
             self.buckets.append(_Bucket(device, dtype, some, kinds, told, self._at_once))
         self.launches = [launch for bucket in self.buckets for launch in bucket.launches.values()]
         self._seen: list[State] = []
@@ -271,7 +272,8 @@ class Plan:
             partitions = any(layout.is_partition for layout in some)
             facts = facts_of(None if partitions else {layout.tile.key for layout in some if layout.tile})
             waves = [wave for bucket in self.buckets for wave in bucket.waves]
-            facts += [f"{fact}, wave {i}" for i, wave in enumerate(waves) for fact in wave.travel.facts(group)]
+            told = filter(None, (wave.travel.facts(group) for wave in waves))
+            facts += [f"{fact}, wave {i}" for i, some in enumerate(told) for fact in some]
             fault = disagreement(group, fault, facts)
         if fault:
             raise RuntimeError(fault)

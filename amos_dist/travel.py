@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -167,7 +168,7 @@ class Travel:
     def facts(self, group: Any) -> list[str]:
         """What must be the same on all ranks of a process group: what it adds up."""
         added = sum(end - begin for begin, end in self.ranges.get(group, ()))
-        found = [f"{added} numbers to be added up over ranks"]
+        found = [f"{added} numbers to be added up over ranks"] if added else []
         for layout in self._partitions:
             if group in layout.groups:
                 cuts = hashlib.sha256(repr([(cut, self._kinds[cut.key]) for cut in layout.cuts]).encode())
@@ -244,33 +245,44 @@ LEAST_NUMBERS, LEAST_FOR_A_RANK = 1 << 18, 1 << 12
 
 
 def waves(layouts: Sequence[Layout], kinds: dict[int, str]) -> list[list[Layout]]:
-    """What travels together, in order: few waves, alike on all ranks, so that one travels while others are worked on.
+    """What travels together: few waves, so that one is under way while others are worked on.
 
-    What is on few ranks only is in the first one: it is little.
+    Each process group finds the same in the same order on all of its ranks, whatever else travels on one of them: what
+    goes over the same groups is split by itself. The first part of each is in the first wave, the others follow.
     """
-    least = max(LEAST_NUMBERS, *(LEAST_FOR_A_RANK * layout.ranks for layout in layouts), 0)
-    items = [(number, key, size) for number, layout in enumerate(layouts) for key, size in _sizes(layout, kinds)]
+    alike: dict[tuple[Any, ...], list[tuple[int, int, int]]] = {}
+    for number, layout in enumerate(layouts):
+        for key, size in _sizes(layout, kinds):
+            alike.setdefault(layout.groups, []).append((number, key, size))
+    first: list[tuple[int, int, int]] = []
+    others: list[list[tuple[int, int, int]]] = []
+    for items in alike.values():
+        least = max(LEAST_NUMBERS, LEAST_FOR_A_RANK * max(layouts[number].ranks for number, _, _ in items))
+        (begin, end), *later = split([size for _, _, size in items], least)
+        first += items[begin:end]
+        others += [items[begin:end] for begin, end in later]
     result = []
-    for begin, end in split([size for _, _, size in items], least):
+    for items in [first, *others] if first else []:
         keys: dict[int, set[int]] = {}
-        for number, key, _ in items[begin:end]:
+        for number, key, _ in items:
             keys.setdefault(number, set()).add(key)
         result.append([_only(layouts[number], some) for number, some in keys.items()])
     return result
 
 
 def split(sizes: Sequence[int], least: int) -> list[tuple[int, int]]:
-    """At most MOST_WAVES ranges of neighbours with about as many numbers each; each but the last has `least`."""
+    """At most MOST_WAVES ranges of neighbours with about as many numbers each, and at least `least` where there are."""
     if not sizes:
         return []
-    enough = max(1, -(-sum(sizes) // max(1, min(MOST_WAVES, sum(sizes) // least))))
+    left = sum(sizes)
+    enough = max(1, -(-left // max(1, min(MOST_WAVES, left // least))))
     ends, total = [], 0
     for i, size in enumerate(sizes, 1):
-        total += size
-        if total >= enough or i == len(sizes):
+        total, left = total + size, left - size
+        if total >= enough and left >= least:
             ends.append(i)
             total = 0
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+    return list(itertools.pairwise([0, *ends, len(sizes)]))
 
 
 def _sizes(layout: Layout, kinds: dict[int, str]) -> Iterator[tuple[int, int]]:

@@ -81,10 +81,9 @@ class Wave:
 
 
 def waves_of(layouts: Sequence[Layout], kinds: dict[int, str], everyone: tuple[Any, ...]) -> list[Wave]:
-    """The waves of a set of tensors. Flags travel in the first, what is not finite in the last: then it is known."""
+    """The waves of a set of tensors. The first has all flags, and departs last where it tells what is not finite."""
     parts = waves(layouts, kinds)
-    last = len(parts) - 1
-    return [Wave(some, kinds, layouts if i == 0 else (), everyone if i == last else ()) for i, some in enumerate(parts)]
+    return [Wave(some, kinds, () if i else layouts, () if i else everyone) for i, some in enumerate(parts)]
 
 
 def settle(waves: Sequence[Wave], dtype: torch.dtype, device: torch.device, at_once: bool) -> list[Tensor]:

@@ -93,7 +93,8 @@ class Entry:
 
 SHORTER, LATER = (0.5, 0.7, 0.85), 2
 AMOS: Setting = {"optimizer": "amos", "lr": "1/sqrt(batches)", "sigma": "paper", "beta": 0.99, "momentum": 0.9}
-RULE: Setting = AMOS | {"lr": "1/sqrt(steps)", "schedule": "linear"}  # what tuning on the small GPT, the first task, led to
+# What tuning on the small GPT, which ran first, led to.
+RULE: Setting = AMOS | {"lr": "1/sqrt(steps)", "schedule": "linear"}
 ADAMW: Setting = {"optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95}
 LINEAR, LONG_WARMUP = {"schedule": "linear"}, {"warmup": 0.15}
 AMOS_CHANGES: tuple[Setting, ...] = (LINEAR, LONG_WARMUP, {"beta": 0.98}, {"beta": 0.999}, {"sigma": "auto"})
@@ -141,7 +142,9 @@ ENTRIES = {
         variant("noclip", "gradients not clipped", clip=None),
         variant("direction", "momentum of the direction", optimizer="amos_variant", momentum_of="direction"),
         variant("rms", "the same, RMS clipped to 1", optimizer="amos_variant", momentum_of="direction", rms_clip=1.0),
-        Entry("amos_plain_tuned", "Amos without momentum, tuned", AMOS | {"momentum": 0.0}, Tuning(0.01, AMOS_CHANGES), 1),
+        Entry(
+            "amos_plain_tuned", "Amos without momentum, tuned", AMOS | {"momentum": 0.0}, Tuning(0.01, AMOS_CHANGES), 1
+        ),
         # The others
         Entry(
             "muon",

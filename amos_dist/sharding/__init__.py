@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 from . import dtensor, whole, zero
 from .holders import Holders, Shared
@@ -65,7 +66,7 @@ def layout_of(
         RuntimeError: the tensor is neither one of them nor a partition of them.
     """
     layout = (
-        next(filter(None, (find(tensor, originals) for find in FINDERS)), None)
+        _found_elsewhere(tensor, originals)
         or whole.find(tensor, originals)
         or zero.find(tensor, originals, everywhere, alone=count == 1)
         or whole.find_clone(tensor, index, originals)
@@ -76,4 +77,14 @@ def layout_of(
             "group's parameters nor a partition of them that amos_dist knows. "
             "Use plain torch, DDP, FSDP2 or DeepSpeed ZeRO 0 to 3, and do not replace `params` of a group by hand."
         )
+    return layout
+
+
+def _found_elsewhere(tensor: torch.Tensor, originals: list[Original]) -> Layout | None:
+    """By one of FINDERS."""
+    layout = next(filter(None, (find(tensor, originals) for find in FINDERS)), None)
+    if layout is not None and layout.is_partition and not layout.fault:
+        group = layout.fellows[0]
+        if wrong := layout.contradiction(dist.get_rank(group), dist.get_world_size(group)):
+            layout.fault = f"a function in sharding.FINDERS contradicts itself: {wrong}. See docs/sharding.md."
     return layout

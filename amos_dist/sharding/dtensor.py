@@ -12,6 +12,7 @@ from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .layout import Layout, Original
@@ -113,10 +114,12 @@ def find(param: Any, original: Original) -> Layout:
     rows, columns = range(row_dims), range(row_dims, param.dim())
     start, fault = _first_element(param, original.name)
     some = (math.prod(held[:row_dims]), math.prod(held[row_dims:])) if original.numel else (0, 0)
+    groups = groups_over(param, range(param.dim()))
     return Layout(
         [Tile(original.key, original.rows, original.cols, *some, start)],
-        groups_over(param, range(param.dim())),
+        groups,
         groups_over(param, (*range(param.dim()), None)),
+        ranks=max(map(dist.get_world_size, groups), default=1),
         row_groups=groups_over(param, columns),
         column_groups=groups_over(param, rows),
         fault=fault,

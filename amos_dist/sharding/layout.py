@@ -71,7 +71,7 @@ class Layout:
     pieces: the parts of parameters that the tensor holds, in order of their offset; of a DTensor one tile.
     groups: the process groups over which the cut parameters are spread; none: this process holds them whole.
     cuts: of a flat partition, which has one group: the same list, in the same order, on every rank, whatever it holds.
-    rank, ranks: of a flat partition: which of the group's ranks this one is, and how many there are.
+    ranks: in the largest of the groups. rank: of a flat partition: which of its group's this one is.
     fellows: those whose ranks agree before the first step: `groups`, and where they are replicas of each other.
     row_groups, column_groups: of a tile: those of `groups` over which the sums of its rows, of its columns are added.
     fault: why the layout cannot be trusted, "" if it can. Every rank learns of it before the first step.
@@ -93,6 +93,20 @@ class Layout:
     def is_partition(self) -> bool:
         """Whether the tensor is one rank's part of several parameters, laid out flat: ZeRO's stages 1 to 3."""
         return bool(self.fellows) and self.tile is None
+
+    def contradiction(self, rank: int, ranks: int) -> str:
+        """Why a flat partition cannot be that of `rank` of `ranks`; "" if nothing speaks against it."""
+        if (self.rank, self.ranks) != (rank, ranks):
+            return f"its layout is of rank {self.rank} of {self.ranks}, but this is rank {rank} of {ranks}"
+        shares = {cut.key: cut.share_of(rank) for cut in self.cuts}
+        for piece in self.pieces:
+            if piece.share != (share := shares.get(piece.key)):
+                return f"its piece of parameter {piece.key} has {piece.share} for its share of columns, not {share}"
+        here = {piece.key for piece in self.pieces if piece.length}
+        for cut in self.cuts:
+            if cut.holders.stop > ranks or (cut.key in here) != (rank in cut.holders):
+                return f"parameter {cut.key} is cut between {cut.holders} of {ranks}, but its pieces say otherwise"
+        return ""
 
     @property
     def tile(self) -> Tile | None:

@@ -401,15 +401,22 @@ def stale(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def experts(case: dict[str, Any]) -> dict[str, Any]:
-    """Each rank has an expert of its own, of another name and scale, beside what all ranks cut."""
+    """Each rank has an expert of its own, of another name, scale and dtype, before what all ranks cut.
+
+    In the last step one rank's gradient is not finite: no rank takes it, of its own expert neither.
+    """
     mesh, rank = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank()
-    dense = nn.Parameter(distribute_tensor(torch.randn(6, 4, generator=torch.Generator().manual_seed(1)), mesh))
-    own = nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(2 + rank)) * (1 + rank))
-    optimizer = amos_dist.Amos([("dense", dense), (f"experts.{rank}", own)], **case["params"])
-    for _ in range(2):
+    whole_dense = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    dense = nn.Parameter(distribute_tensor(whole_dense, mesh, [Shard(0)]))
+    own = nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(2 + rank)).double() * (1 + rank))
+    optimizer = amos_dist.Amos([(f"experts.{rank}", own), ("dense", dense)], **case["params"])
+    for step in range(3):
         dense.grad, own.grad = torch.ones_like(dense), torch.ones_like(own)
+        if step == 2 and rank == 1:
+            dense.grad.to_local()[0, 0] = float("nan")
         optimizer.step()
-    return {"steps": [int(optimizer.state[param]["step"]) for param in (dense, own)]}
+    steps = [int(optimizer.state[param]["step"]) for param in (dense, own)]
+    return {"steps": steps, "skipped": optimizer.skipped_steps}
 
 
 def early(case: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def filled(named: list[Parameter], dtype: torch.dtype) -> list[nn.Parameter]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name, keeper in KEEPERS.items() if keeper.make])
 def test_peers_hold_what_was_computed(name: str, dtype: torch.dtype) -> None:
-    """To the byte, after real steps. What a step takes for a moment: beside it BLAS takes something for itself."""
+    """To the byte, after real steps. What a step takes for a moment: beside it each thread of BLAS takes something."""
     keeper = KEEPERS[name]
     params = [param for param in filled(NAMED, dtype) if keeper.takes(tuple(param.shape))]
     optimizer = keeper.make(params) if keeper.make else None
@@ -61,7 +61,7 @@ def test_peers_hold_what_was_computed(name: str, dtype: torch.dtype) -> None:
     tensors = [(tuple(param.shape), True) for param in params]
     assert held(optimizer) == state_of(keeper, tensors, dtype)
     expected = temporary_of(keeper, tensors, dtype)
-    assert expected <= watch.peak <= expected + (64 if expected == 0 else 150_000)
+    assert expected <= watch.peak <= expected + (64 if expected == 0 else 150_000 * torch.get_num_threads())
 
 
 def test_rules_of_those_that_are_not_in_torch() -> None:

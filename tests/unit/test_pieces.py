@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -270,3 +271,32 @@ def test_simulated_ranks(
     assert ranks.elements == (rows + means) * len(flat_grads)
     assert (rows > 0) == (few < 8 and kind not in ("column", "full")) or few == 2
     assert least < 1000 or ranks.calls <= len(flat_grads)
+
+
+@pytest.mark.parametrize("shard", [shard, parts], ids=["zero 2", "zero 3"])
+def test_layouts_do_not_contradict_themselves(shard: Any) -> None:
+    flat = torch.zeros(sum(rows * cols for rows, cols in SHAPES))
+    for rank in range(3):
+        assert shard(rank, Ranks(3), ["row"] * len(SHAPES), flat)[1].contradiction(rank, 3) == ""
+
+
+@pytest.mark.parametrize(
+    ("of_layout", "of_piece", "of_cut", "expected"),
+    [
+        ({}, {}, {}, ""),
+        ({"rank": 0}, {}, {}, "of rank 0 of 3, but this is rank 1 of 3"),
+        ({"ranks": 1}, {}, {}, "of rank 1 of 1, but this is rank 1 of 3"),
+        ({}, {"share": None}, {}, "None for its share of columns, not range(3, 6)"),
+        ({}, {}, {"everybody": 3}, "range(3, 6) for its share of columns, not range(2, 4)"),
+        ({"pieces": []}, {}, {}, "but its pieces say otherwise"),
+        ({}, {}, {"borders": (5, 10, 15), "everybody": 2}, "but its pieces say otherwise"),
+    ],
+)
+def test_a_layout_that_contradicts_itself(
+    of_layout: dict[str, Any], of_piece: dict[str, Any], of_cut: dict[str, Any], expected: str
+) -> None:
+    """What a function in sharding.FINDERS may get wrong, of 4 x 6 elements of which ranks 0 and 1 have 12 each."""
+    piece = replace(Piece(0, 4, 6, 12, 12, 0, range(3, 6)), **of_piece)
+    cut = replace(Cut(0, 4, 6, (12,)), **of_cut)
+    layout = replace(Layout([piece], ("ranks",), ("ranks",), [cut], rank=1, ranks=3), **of_layout)
+    assert layout.contradiction(1, 3).endswith(expected) and bool(layout.contradiction(1, 3)) == bool(expected)

@@ -127,7 +127,32 @@ def test_few_waves_cover_all(sizes: list[int], least: int) -> None:
     ranges = travel.split(sizes, least)
     assert [i for begin, end in ranges for i in range(begin, end)] == list(range(len(sizes)))
     assert len(ranges) <= travel.MOST_WAVES
-    assert all(sum(sizes[begin:end]) >= min(least, sum(sizes)) for begin, end in ranges[:-1])
+    assert all(sum(sizes[begin:end]) >= min(least, sum(sizes)) for begin, end in ranges)
+    assert len(ranges) > 1 or sum(sizes) < 2 * least or len(sizes) < 2
+
+
+@pytest.mark.parametrize("experts", [0, 1, 10])
+def test_a_group_finds_the_same_waves_whatever_else_travels_on_its_ranks(
+    experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of A have experts of their own, over B or over C: dense parameters are at other places in their lists."""
+    monkeypatch.setattr(travel, "LEAST_NUMBERS", 10)
+    monkeypatch.setattr(travel, "LEAST_FOR_A_RANK", 0)
+
+    def facts(groups: tuple[int, ...], count: int) -> list[list[str]]:
+        dense = tiles(*["row"] * 6)[0]
+        for layout in dense:
+            layout.groups = layout.row_groups = (A,)
+        own = [Layout([Tile(10 + i, 500, 3, 250, 3)], groups, row_groups=groups) for i in range(count)]
+        layouts = [*own[: count // 2], *dense[:3], *own[count // 2 :], *dense[3:]]
+        kinds = {layout.pieces[0].key: "row" for layout in layouts}
+        everyone = tuple(dict.fromkeys(group for layout in layouts for group in layout.groups))
+        parts = waves_of(layouts, kinds, everyone)
+        assert sorted(key for part in parts for key in part.keys) == sorted(kinds)
+        return [some for part in parts if (some := part.travel.facts(A))]
+
+    assert facts((B,), experts) == facts((C,), 2)
+    assert len(facts((B,), experts)) > 1
 
 
 def test_more_ranks_take_fewer_waves() -> None:
@@ -151,7 +176,7 @@ def test_waves_have_every_parameter_once_and_flags_in_the_first(monkeypatch: pyt
     parts = waves_of(layouts, kinds, everyone=(A,))
     assert [sorted(part.keys) for part in parts] == [[0], [1], [2]]
     assert [part.travel.flag(2) is not None for part in parts] == [True, False, False]
-    assert [part.travel.infinite is not None for part in parts] == [False, False, True]
+    assert [part.travel.infinite is not None for part in parts] == [True, False, False]
 
 
 def test_waves_that_are_under_way_together_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
