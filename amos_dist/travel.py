@@ -240,8 +240,9 @@ class Travel:
 
 
 MOST_WAVES = 8
-# In a wave: less is not worth a message. From one rank to the next goes a part for each rank.
-LEAST_NUMBERS, LEAST_FOR_A_RANK = 1 << 18, 1 << 12
+# In a wave: less takes no longer than the latencies of its messages (docs/scaling.md). From one rank to the next goes a
+# part for each rank.
+LEAST_NUMBERS, LEAST_FOR_A_RANK = 1 << 21, 1 << 12
 
 
 def waves(layouts: Sequence[Layout], kinds: dict[int, str]) -> list[list[Layout]]:

@@ -66,8 +66,12 @@ def main() -> int | str:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--delay", type=float, nargs="+", default=[0.0, 5.0, 20.0], help="milliseconds")
     parser.add_argument("--waves", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--layers", type=int, default=16, help="of the model: Linear layers of 512 x 2048")
-    parser.add_argument("--repeat", type=int, default=9, help="steps with each number of waves")
+    parser.add_argument("--layers", type=int, default=16, help="matrices of the model")
+    parser.add_argument("--rows", type=int, default=16, help="of each")
+    parser.add_argument(
+        "--columns", type=int, default=65_536, help="of each: by default 2**20 in all, about as Llama-3 8B has"
+    )
+    parser.add_argument("--repeat", type=int, default=9, help="turns, of three steps with each number of waves")
     parser.add_argument("--json", type=Path, help="write the numbers there")
     given = parser.parse_args()
     if why := missing():
@@ -76,9 +80,10 @@ def main() -> int | str:
     with Cluster(hosts=given.ranks) as cluster:
         for delay in tqdm(given.delay, desc="delays"):
             cluster.delay(delay * 1e-3)
-            case = {"waves": given.waves, "layers": given.layers, "repeat": given.repeat}
+            model = {name: getattr(given, name) for name in ("layers", "rows", "columns")}
+            case = {"waves": given.waves, "repeat": given.repeat, **model}
             times = measured(cluster, case, limit=900)
-            found.append({"delay_ms": delay, "ranks": given.ranks, "layers": given.layers, **times})
+            found.append({"delay_ms": delay, "ranks": given.ranks, **model, **times})
     print("| delay, ms | " + " | ".join(f"{n} waves" for n in given.waves) + " |")
     print("|--:" * (1 + len(given.waves)) + "|")
     for one in found:
