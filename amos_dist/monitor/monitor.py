@@ -144,21 +144,28 @@ class Monitor:
 
     def begin(self, plan: Plan) -> None:
         """Before a step of these tensors."""
+        self._step = 0
+        for launch in plan.launches:
+            launch.probe = None
+        if _is_recording():
+            # Recorded is not taken, and nothing may be asked of the device now: the next step that is taken asks again.
+            self._clocks.pop(plan, None)
+            return
         if plan not in self._clocks:
             self._clocks[plan] = _Clock(plan)
         clock = self._clocks[plan]
         step = clock.next(plan, self.optimizer.state)
         if self._readings and self._readings[0].step != step:
             self._settle(everything=False)
-        looks = step % self.every == 0 and not (self.closed and not clock.is_cut) and not _is_recording()
-        self._step = step if looks else 0
-        for launch in plan.launches:
-            launch.probe = self._probe(launch) if looks else None
+        if step % self.every == 0 and (clock.is_cut or not self.closed):
+            self._step = step
+            for launch in plan.launches:
+                launch.probe = self._probe(launch)
 
     def end(self, plan: Plan, moved: bool) -> None:
         """After it. moved: it was not left out."""
-        clock = self._clocks[plan]
-        if clock.taken is not None:
+        clock = self._clocks.get(plan)
+        if clock is not None and clock.taken is not None:
             clock.taken += moved
         if self._step and moved:
             numbers = self._added_up(plan)

@@ -82,7 +82,7 @@ __device__ void held_row(const Args<T>& args, const Entry<T>& e, int64_t row, in
   const Consts<T> k = element_consts(consts);
   const Arrays<T, P, G> out(args, e, row, 0);  // made again: the registers held something better until here
   if (!fit) {
-    update_ends(out, n, s, all, k, lane, lanes, norms);
+    update_ends(out, n, Split{n, 0}, all, k, lane, lanes, norms);  // what s is here, without holding it until here
     return;
   }
   if (edge >= 0) {
@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(kCtaMost) held_rows(__grid_constant__ const Ar
     const int lanes = cta ? blockDim.x : e.row_lanes, rows = cta ? 1 : kWarp / lanes;
     const int64_t row = (u - cursor.begin) * rows + (cta ? 0 : lane_id() / lanes);
     const auto reduce = [&](T sum) {
-      if (cta) return cta_sum(sum, part[turn ^= 1]);
+      // Norms bring barriers of their own, so that there is no turn to hold a register.
+      if (cta) return cta_sum(sum, part[asked ? 0 : turn ^= 1]);
       __syncwarp();  // all lanes have read the state before one of them writes it
       return warp_sum(sum, lanes);
     };
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) long_rows(__
     const Coefs<T> c = row_coefficients(e, consts, row, sum, state.v, state.b, lane == 0);
     const Segment<T> all{c.A, c.B, T(INFINITY)};
 
-    Norms<T, asked> norms;
+    Norms<T, asked, double> norms;  // a thread may have a million elements
     update_ends(arrays, n, s, all, k, lane, kThreads, norms);
     for (i = lane; i < vectors; i += kAhead * kThreads) {
       Elements<V, T, P, G> es[kAhead];

@@ -116,36 +116,32 @@ __device__ void load_columns(const T* p, int64_t i, T otherwise, T (&x)[V]) {
   }
 }
 
-// Sums of squares of Delta and of the old parameter, where a monitor asks for them (block.h: norms): of each thread,
-// then of each unit of work.
-template <class T, bool asked>
+// Sums of squares of Delta and of the old parameter, where a monitor asks for them (block.h: norms): of each thread in
+// Sum, which `double` makes twice as many registers of, then of each unit of work in double.
+template <class T, bool asked_, class Sum = T>
 struct Norms {
-  __device__ void add(T, T) {}
-  __device__ void leave(const Entry<T>&, int64_t) {}
-};
-template <class T>
-struct Norms<T, true> {
-  double step = 0, theta = 0;
+  static constexpr bool asked = asked_;
+  Sum step = 0, theta = 0;
 
   __device__ void add(T more_step, T more_theta) {
-    step += double(more_step);
-    theta += double(more_theta);
+    step += more_step;
+    theta += more_theta;
   }
-  __device__ void put(const Entry<T>& e, int64_t unit) {
-    e.norm_parts[2 * unit] = step;
-    e.norm_parts[2 * unit + 1] = theta;
+  __device__ static void put(const Entry<T>& e, int64_t unit, double all_steps, double all_theta) {
+    e.norm_parts[2 * unit] = all_steps;
+    e.norm_parts[2 * unit + 1] = all_theta;
   }
   // Of a unit that a warp has done: all its lanes must come.
-  __device__ void leave(const Entry<T>& e, int64_t unit) {
-    step = warp_sum(step);
-    theta = warp_sum(theta);
-    if (lane_id() == 0) put(e, unit);
+  __device__ void leave(const Entry<T>& e, int64_t unit) const {
+    if constexpr (asked) {
+      const double all_steps = warp_sum(double(step)), all_theta = warp_sum(double(theta));
+      if (lane_id() == 0) put(e, unit, all_steps, all_theta);
+    }
   }
   // Of one that a CTA has done.
-  __device__ void leave(const Entry<T>& e, int64_t unit, double (&part)[2][kWarp]) {
-    step = cta_sum(step, part[0]);
-    theta = cta_sum(theta, part[1]);
-    if (threadIdx.x == 0) put(e, unit);
+  __device__ void leave(const Entry<T>& e, int64_t unit, double (&part)[2][kWarp]) const {
+    const double all_steps = cta_sum(double(step), part[0]), all_theta = cta_sum(double(theta), part[1]);
+    if (threadIdx.x == 0) put(e, unit, all_steps, all_theta);
   }
 };
 
@@ -162,9 +158,9 @@ struct Elements {
     arrays.load_momentum(i, m);
   }
 
-  template <bool asked>
+  template <class Norms>
   __device__ void update(const Arrays<T, P, G>& arrays, int64_t i, const Segment<T>& s, const Consts<T>& k,
-                         Norms<T, asked>& norms) {
+                         Norms& norms) {
     T x[V], gs[V], profile[V], B[V], squares[2] = {};
     load_columns(s.profile, i, T(1), profile);
     load_columns(s.to_column_B ? s.profile + s.to_column_B : nullptr, i, s.B, B);
@@ -174,7 +170,7 @@ struct Elements {
     for (int j = 0; j < V; ++j) {
       T step = delta(s.A * limited(profile[j], s.limit), clipped(gs[j], k.clip), B[j], x[j]);
       if (arrays.momentum) step = m[j] = next_momentum(m[j], step, k);
-      if constexpr (asked) {
+      if constexpr (Norms::asked) {
         squares[0] += step * step;
         squares[1] += x[j] * x[j];
       }
@@ -187,9 +183,9 @@ struct Elements {
 };
 
 // Updates the n elements of a row that are in no vector: both ends, in one loop, or all. I: type of an index.
-template <class I, class T, class P, class G, bool asked>
+template <class I, class T, class P, class G, class Norms>
 __device__ void update_ends(const Arrays<T, P, G>& arrays, I n, Split s, const Segment<T>& segment, const Consts<T>& k,
-                            int lane, int lanes, Norms<T, asked>& norms) {
+                            int lane, int lanes, Norms& norms) {
   constexpr int kAhead = 2;  // elements in flight
   const I head = static_cast<I>(s.head), body = static_cast<I>(s.body);
   for (I first = lane; first < n - body; first += kAhead * lanes) {
@@ -208,9 +204,9 @@ __device__ void update_ends(const Arrays<T, P, G>& arrays, I n, Split s, const S
 }
 
 // Updates n elements of one row, which `lanes` threads take together.
-template <class T, class P, class G, bool asked>
+template <class T, class P, class G, class Norms>
 __device__ void update_segment(const Arrays<T, P, G>& arrays, int n, const Segment<T>& segment, const Consts<T>& k,
-                               int lane, int lanes, Norms<T, asked>& norms) {
+                               int lane, int lanes, Norms& norms) {
   constexpr int V = kVector<P>, kAhead = 64 / sizeof(T) / V;  // vectors in flight
   const Split s = arrays.split(n);
   update_ends(arrays, n, s, segment, k, lane, lanes, norms);

@@ -205,6 +205,28 @@ def test_parameters_without_a_gradient_are_left_out() -> None:
     assert "busy" in str(watch.last)
 
 
+def test_what_a_graph_records_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is the device asked for anything then. A flag stands for the capture, the CPU for a device that counts."""
+    listener, recording = Listener(), False
+    param, optimizer = one_parameter(capturable=True)
+    run(param, optimizer, 1)
+    (plan,) = (plan for plans in optimizer._plans.values() for plan in plans.values())
+    plan.launches[0].counts_on = types.SimpleNamespace(type="cuda")
+    ask = monitor.monitor._Clock.next
+    monkeypatch.setattr(monitor.monitor._Clock, "next", lambda *given: pytest.fail() if recording else ask(*given))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)
+    with amos_dist.Monitor(optimizer, every=2, to=[listener]):
+        run(param, optimizer, 2)
+        recording = True
+        run(param, optimizer, 1)
+        optimizer.state[param]["step"] -= 1  # which a capture had not changed
+        recording = False
+        assert plan.launches[0].probe is None
+        run(param, optimizer, 2)
+    assert [step for step, _ in listener.heard] == [2, 4] and optimizer.state[param]["step"] == 5
+
+
 def test_bits_are_those_of_steps_without_a_monitor() -> None:
     (a, watched), (b, plain) = one_parameter(momentum=0.9), one_parameter(momentum=0.9)
     amos_dist.Monitor(watched, every=1)
