@@ -20,6 +20,7 @@ prefix=$(dirname "$(dirname "$(command -v mpirun)")")
 agent=$root/out/mpi_ssh.sh
 cat >"$agent" <<END
 #!/bin/sh
+[ "\$1" != -x ] || shift  # MPICH's
 host=\$1
 shift
 exec ssh $ssh_options "\$host" "OPAL_PREFIX=$prefix PRTE_PREFIX=$prefix PMIX_PREFIX=$prefix PATH=$prefix/bin:\\\$PATH; export OPAL_PREFIX PRTE_PREFIX PMIX_PREFIX PATH; \$*"

@@ -74,6 +74,25 @@ done
 RANK = '#!/bin/sh\necho "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $GLOO_SOCKET_IFNAME $1 $*"\n'
 
 
+def test_daemons_of_both_mpis_are_started(tmp_path: Path) -> None:
+    """MPICH calls what takes the place of ssh with an option before the host, Open MPI without."""
+    programs = {
+        "mpirun": "echo HYDRA build details:",
+        "ssh": 'shift $(($# - 2)); echo "$1: $2"',
+        "python": f'exec "{sys.executable}" "$@"',  # programs beside it are found first
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    said = script("mpirun.sh", "--dry-run", PYTHON=str(tmp_path / "python"), PATH=path)
+    assert "--launcher mpich" in said
+    for words in (["-x", "node1", "daemon", "--port"], ["node1", "daemon", "--port"]):
+        agent = [ROOT / "out" / "mpi_ssh.sh", *words]
+        found = subprocess.run(agent, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True)
+        assert found.stdout.startswith("node1: OPAL_PREFIX=") and found.stdout.endswith("; daemon --port\n")
+
+
 def test_slurm_tasks_know_their_ranks(tmp_path: Path) -> None:
     scontrol = '#!/bin/sh\n[ "$*" = "show hostnames n[7-8]" ] && printf "n7\\nn8\\n"\n'
     for name, text in (("srun", SRUN), ("scontrol", scontrol), ("rank", RANK)):
