@@ -9,7 +9,7 @@ from . import deepspeed as _deepspeed
 from . import reference
 from .checkpoint import full_state
 from .decay import IntegralDecay, InverseSquareDecay, InverseTimeDecay
-from .guidance import lr_for_half_life, suggest_lr, weight_decay_for
+from .guidance import decay_after, lr_for_half_life, suggest_lr, weight_decay_for
 from .monitor import Monitor
 from .ops import build_info
 from .optimizer import Amos
@@ -27,6 +27,7 @@ __all__ = [
     "RelativeStep",
     "__version__",
     "build_info",
+    "decay_after",
     "full_state",
     "lr_for_half_life",
     "param_groups",

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 
 INTERVALS = 400  # of Simpson's rule; its error is far below what a gradient's noise does
+HALVINGS = 64  # of an interval, in a search: down to the last bit of a double
+LARGEST = math.log(2.0**127)  # of ln(1 + b): a b beyond is none that float32 holds
 
 
 def suggest_lr(batches: int) -> float:
@@ -53,12 +55,44 @@ def lr_for_half_life(steps: float, sigma: float, *, c_coef: float = 0.25, d_coef
 
 
 def half_life(lr: float, sigma: float, c_coef: float = 0.25, d_coef: float = 0.25) -> float:
-    """Steps until Amos's d = 1 / (1 + d_coef sqrt(lr sigma) b) is 1/2, for gradients that keep their size.
+    """Steps until Amos's d = 1 / (1 + d_coef sqrt(lr sigma) b) is 1/2, for gradients that keep their size."""
+    return _steps_until(math.log1p(1 / (d_coef * math.sqrt(lr * sigma))), lr, c_coef)
 
-    b grows by b <- b + gamma (1 + b) with gamma = lr^2 / sqrt(1 + c_coef sqrt(lr) b), so that x = ln(1 + b) grows by
-    ln(1 + gamma) in a step: the steps are the integral of dx / ln(1 + gamma) up to the b at which d is 1/2.
+
+def decay_after(steps: float, lr: float, *, c_coef: float = 0.25) -> float:
+    """Amos's b after that many steps, for gradients that keep their size: `decay_init` of weights that had them.
+
+    About exp(lr^2 steps) - 1 up to a b of 1 / (c_coef sqrt(lr)), and less beyond. See docs/finetuning.md.
+
+    Args:
+        steps: at a constant lr; of a schedule, the sum of its squared rates over lr^2. 0 gives 0.
+        lr: Amos's, in the training that is over. c_coef: Amos's.
+
+    Raises:
+        ValueError: a number that is out of range, or so many steps that b is beyond float32.
     """
-    end = math.log1p(1 / (d_coef * math.sqrt(lr * sigma)))
+    _positive("lr", lr)
+    for name, value in (("steps", steps), ("c_coef", c_coef)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value!r} is out of range. Give a finite number, 0 or more.")
+    low, high = 0.0, LARGEST
+    if _steps_until(high, lr, c_coef) < steps:
+        raise ValueError(
+            f"steps={steps!r} at lr={lr!r} bring b beyond what float32 can hold. "
+            "Give fewer steps, or the lr that the training really had."
+        )
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _steps_until(middle, lr, c_coef) < steps else (low, middle)
+    return math.expm1(low)
+
+
+def _steps_until(end: float, lr: float, c_coef: float) -> float:
+    """Steps until x = ln(1 + b) is `end`.
+
+    b grows by b <- b + gamma (1 + b) with gamma = lr^2 / sqrt(1 + c_coef sqrt(lr) b), so that x grows by ln(1 + gamma)
+    in a step: the steps are the integral of dx / ln(1 + gamma).
+    """
 
     def steps_for(x: float) -> float:
         gamma = lr**2 / math.sqrt(1 + c_coef * math.sqrt(lr) * math.expm1(x))

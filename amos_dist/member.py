@@ -29,6 +29,7 @@ class Member:
     master: bool  # the state holds the parameter in float32; the tensor itself only takes the rounded numbers
     checked: bool = False  # no tensor is stepped where the gradient of this one is not finite
     fault: str = ""  # why it cannot be stepped; every rank of its process groups learns of it before anything changes
+    decay_init: tuple[float, ...] = ()  # b of state that is made new, for each of the layout's pieces; empty: 0
 
 
 def member_of(
@@ -57,7 +58,8 @@ def member_of(
     fused = False if group["foreach"] else group["fused"]
     # DeepSpeed has looked at the gradients of partitions, on all ranks; a CUDA graph cannot decide anything.
     checked = group["on_nonfinite"] != "ignore" and not layout.is_partition and not group["capturable"]
-    return Member(tensor, group, layout, name, dtype, fused, group["capturable"], master, checked, layout.fault)
+    starts = tuple(float(setting(o, group, "decay_init")) for o in originals)
+    return Member(tensor, group, layout, name, dtype, fused, group["capturable"], master, checked, layout.fault, starts)
 
 
 def state_shapes(
@@ -88,6 +90,13 @@ def misplaced(value: Any, key: str, tensor: Tensor, name: str, kept: range) -> s
 def is_lost(state: State, tensor: Tensor) -> bool:
     """Whether the state was made while the model was on the meta device, which it has left since."""
     return not tensor.is_meta and any(isinstance(value, Tensor) and value.is_meta for value in state.values())
+
+
+def _start_decay(decay: Tensor, member: Member, kinds: dict[int, str]) -> None:
+    """Fills the b of a tensor, as this rank has it, with `decay_init`: a partition's parameters may differ in it."""
+    sizes = [state_sizes([piece], kinds)["decay"] for piece in member.layout.pieces]
+    for part, start in zip(decay.view(-1).split(sizes), member.decay_init, strict=False):
+        part.fill_(start)
 
 
 def make_state(member: Member, state: State, original: Original | None, kinds: dict[int, str]) -> str:
@@ -127,6 +136,8 @@ def make_state(member: Member, state: State, original: Original | None, kinds: d
     if not state:
         for key, shape in shapes.items():
             whole[key] = zeros(key, shape, compute)
+        if "decay" in whole:
+            _start_decay(dtensor.local_of(whole["decay"]), member, kinds)
     if member.master:
         if "master" not in state:
             whole["master"] = zeros("master", tuple(tensor.shape), torch.float32)

@@ -60,6 +60,8 @@ class Amos(Optimizer):
         c_coef: the paper's c is 1 / sqrt(1 + c_coef sqrt(lr) b).
         d_coef: the paper's d is 1 / (1 + d_coef sqrt(lr sigma) b).
         eps: floor of the second moment.
+        decay_init: b of state that is made new, for weights that are trained already: see `decay_after`. A state that
+            is loaded has its own.
         momentum_dtype: "float32" (default) or "bfloat16"; float64 parameters have float64.
         maximize: go up instead of down.
         foreach: True asks for plain torch.
@@ -105,6 +107,7 @@ class Amos(Optimizer):
         c_coef: float = 0.25,
         d_coef: float = 0.25,
         eps: float = 2**-125,
+        decay_init: float = 0.0,
         momentum_dtype: torch.dtype | str | None = None,
         maximize: bool = False,
         foreach: bool | None = None,

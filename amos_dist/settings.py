@@ -24,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "c_coef": 0.25,
     "d_coef": 0.25,
     "eps": 2**-125,
+    "decay_init": 0.0,
     "momentum_dtype": None,
     "maximize": False,
     "foreach": None,
@@ -73,7 +74,7 @@ def _check_number(key: str, value: Any, where: str, low: float, high: float, low
         value = math.inf if value > 0 else -math.inf
     number = float(value)
     if not (low < number if low_open else low <= number) or not number < high:
-        bounds = f"{'>' if low_open else '>='} {low:g}" + ("" if high == math.inf else f" and < {high:g}")
+        bounds = f"{'>' if low_open else '>='} {low:g} and " + ("finite" if high == math.inf else f"< {high:g}")
         raise ValueError(f"{key}={number:g}{where} is out of range. It must be {bounds}.")
 
 
@@ -95,7 +96,7 @@ def check(values: Mapping[str, Any], name: str | None = None) -> None:
                 _check_number(key, value, where, 0, math.inf, low_open=True)
         elif key in ("beta", "momentum"):
             _check_number(key, value, where, 0, 1)
-        elif key in ("extra_l2", "c_coef", "d_coef"):
+        elif key in ("extra_l2", "c_coef", "d_coef", "decay_init"):
             _check_number(key, value, where, 0, math.inf)
         elif key == "eps" or (key == "clip_value" and value is not None):
             _check_number(key, value, where, 0, math.inf, low_open=True)

@@ -5,11 +5,12 @@ bytes from Python's own sources and documentation, which are on every machine th
 """
 
 import hashlib
+import itertools
 import os
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ from torch import Tensor
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
 
+Texts = Iterable[tuple[str, bytes]]  # (name, content)
 
-def texts() -> Iterator[tuple[str, bytes]]:
-    """(name, content) of each standard-library source file and of each topic of Python's documentation."""
+
+def sources() -> Iterator[tuple[str, bytes]]:
+    """Each standard-library source file."""
     library = Path(sysconfig.get_path("stdlib"))
     for folder, folders, files in os.walk(library):
         folders[:] = [name for name in folders if name not in SKIPPED]
@@ -28,6 +31,10 @@ def texts() -> Iterator[tuple[str, bytes]]:
             if name.endswith(".py"):
                 path = Path(folder, name)
                 yield path.relative_to(library).as_posix(), path.read_bytes()
+
+
+def documentation() -> Iterator[tuple[str, bytes]]:
+    """Each topic of Python's documentation."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions ship it separately
@@ -36,8 +43,8 @@ def texts() -> Iterator[tuple[str, bytes]]:
         yield f"topics/{name}", text.encode()
 
 
-def build(folder: Path, *, megabytes: float = 12.0, validation: float = 0.06) -> None:
-    """Write the default corpus, at most `megabytes` (1e6 bytes) long; the share `validation` is held out.
+def build(folder: Path, texts: Texts | None = None, *, megabytes: float = 12.0, validation: float = 0.06) -> None:
+    """Write a corpus of `texts` (all there are), at most `megabytes` (1e6 bytes) long, of which a share is held out.
 
     Whole files are held out, and a hash of their names gives the order: the same Python, the same corpus.
     """
@@ -47,7 +54,7 @@ def build(folder: Path, *, megabytes: float = 12.0, validation: float = 0.06) ->
 
     split: dict[str, list[bytes]] = {"train": [], "validation": []}
     room = int(megabytes * 1e6)
-    for name, content in sorted(texts(), key=key):
+    for name, content in sorted(itertools.chain(sources(), documentation()) if texts is None else texts, key=key):
         if 0 < len(content) + 1 <= room:
             held_out = int(key((name, b""))[-8:], 16) < validation * 16**8
             split["validation" if held_out else "train"].append(content + b"\0")  # NUL ends a text

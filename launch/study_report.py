@@ -283,11 +283,15 @@ def write(study: Study, page: Path, out: Path) -> None:
     """The figures into `out`, the tables into `page`: between its markers, or a whole page where there are none."""
     study_figures.draw(study, out)
     pictures = os.path.relpath(out, page.parent)
-    text = made(study, "" if pictures == "." else f"{pictures}/")
+    put(made(study, "" if pictures == "." else f"{pictures}/"), page, BEGIN, END)
+
+
+def put(text: str, page: Path, begin: str, end: str) -> None:
+    """Writes `text` into a page between two markers, or as the whole page where there are none."""
     old = page.read_text() if page.exists() else ""
-    if BEGIN in old and END in old:
-        before, rest = old.split(BEGIN, 1)
-        text = f"{before}{BEGIN}\n\n{text}\n{END}{rest.split(END, 1)[1]}"
+    if begin in old and end in old:
+        before, rest = old.split(begin, 1)
+        text = f"{before}{begin}\n\n{text}\n{end}{rest.split(end, 1)[1]}"
     beside_it = page.with_name(f".{page.name}.new")
     beside_it.write_text(text)
     beside_it.replace(page)

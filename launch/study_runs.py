@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from amos_dist.bench import state_bytes
+from torch import nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from study_optimizers import RULES, build, scheduler_for
@@ -50,16 +52,36 @@ def validate(model: torch.nn.Module, held_out: list[tuple[torch.Tensor, ...]], d
 
 
 def run(job: Job, text: Data, task: Task, device: torch.device) -> Run:
-    """Trains once. Returns the job with its curve: (step, validation loss in nats, seconds of training until then)."""
+    """Trains a new model once."""
     setting, steps = job["setting"], job["steps"]
     torch.manual_seed(job["seed"])
     model = task.model().to(device)
     rate = RULES[setting["lr"]](text.batches, steps) if isinstance(setting["lr"], str) else setting["lr"]
-    optimizers = build(model, setting, rate, steps)
+    return train(job, text, model, build(model, setting, rate, steps), rate)
+
+
+def train(
+    job: Job,
+    text: Data,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    rate: float,
+    other: Data | None = None,
+    evaluations: int = EVALUATIONS,
+) -> Run:
+    """Trains, in place. Returns the job with its curve: (step, validation loss in nats, seconds of training so far).
+
+    Args:
+        rate: what the job's learning rate comes to.
+        other: text of which the loss is taken at the same steps; the run has it as "other".
+        evaluations: in the run.
+    """
+    setting, steps, device = job["setting"], job["steps"], next(model.parameters()).device
     schedulers = [scheduler_for(optimizer, setting, steps) for optimizer in optimizers]
-    held_out = text.validation()
-    every = max(1, steps // EVALUATIONS)
+    held_out, beside = text.validation(), other.validation() if other else []
+    every = max(1, steps // evaluations)
     curve, diverged, spent = [(0, round(validate(model, held_out, device), 5), 0.0)], False, 0.0
+    of_other = [round(validate(model, beside, device), 5)] if other else []
     begun = seconds(device)
     for step in range(1, steps + 1):
         loss = model(*(part.to(device) for part in text.train(job["seed"], step)))
@@ -77,11 +99,13 @@ def run(job: Job, text: Data, task: Task, device: torch.device) -> Run:
             if diverged:
                 break
             curve.append((step, round(value, 5), round(spent, 2)))
+            of_other += [round(validate(model, beside, device), 5)] if other else []
             begun = seconds(device)
     return {
         **job,
         "lr": rate,
         "curve": curve,
+        **({"other": of_other} if other else {}),
         "diverged": diverged,
         "parameters": sum(p.numel() for p in model.parameters()),
         "state_bytes": sum(state_bytes(optimizer) for optimizer in optimizers),

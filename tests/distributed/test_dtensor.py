@@ -34,7 +34,7 @@ def options(way: str) -> list[dict[str, Any]]:
     master = {**PARAMS, "master_weights": True}
     cases = [
         case(way, "momentum, accumulate, clip", accumulate=2, clip=None if "tp" in way else 0.3),
-        case(way, "auto", params=AUTO, groups=True),
+        case(way, "auto, decay_init", params={**AUTO, "decay_init": 40.0}, groups=True),
         case(way, "paper", params=AUTO, paper=True),
         case(way, "plain torch", params={**PARAMS, "fused": False}),
         case(way, "bf16", dtype="bf16", tolerance=LOW, steps=5),
@@ -44,7 +44,8 @@ def options(way: str) -> list[dict[str, Any]]:
         cases.append(case(way, "offload", offload=True, steps=5))
         cases.append(case(way, "mixed precision", mixed=True, tolerance=LOW, steps=5))
         cases.append(case(way, "compiled", compile=True, steps=5))
-    return [*cases, case(way, "meta device", meta=True, steps=5)] if way in ("fsdp", "hsdp") else cases
+    started = {**PARAMS, "decay_init": 40.0}
+    return [*cases, case(way, "meta device", meta=True, steps=5, params=started)] if way in ("fsdp", "hsdp") else cases
 
 
 # Each parameter travels alone, or a few do together.
@@ -65,6 +66,11 @@ TRAINING = {
 REFUSED = {2: [case("fsdp", "damaged", do="refuse")], 4: [case("hsdp", "damaged", do="refuse")]}
 OTHER_SETTINGS = {
     "another beta": ({"params": {**PARAMS, "beta": 0.9}}, "beta=0.95 in parameter group 0", "beta=0.9 in parameter"),
+    "another decay_init": (
+        {"params": {**PARAMS, "decay_init": 2.5}},
+        "decay_init=0.0 in parameter group 0",
+        "decay_init=2.5 in parameter",
+    ),
     "another version": ({"version": "0.0.9"}, "amos_dist 0.1.0", "amos_dist 0.0.9"),
     "another rule": (
         {"params": {**PARAMS, "rules": [{"match": "experts", "row_dims": 2, "sigma": 0.2}]}},

@@ -79,9 +79,11 @@ def options(stages: tuple[int, ...] = (0, 1, 2, 3)) -> Iterator[dict[str, Any]]:
 MIXED = {"lr": 0.02, "beta": 0.95, "sigma": 0.3, "rules": [{"match": "inner", "moments": "column"}]}
 # With many each parameter with columns travels alone: there are more than are under way at once.
 WAVES = [case(f"in {name} waves", 3, params=MIXED, waves=most) for name, most in (("many", 99), ("few", 2))]
+START = {**PARAMS, "decay_init": 40.0, "rules": [{"match": "head|bias", "decay_init": 2.0}]}
+STARTED = [case("decay_init", stage, params=START) for stage in (1, 3)]
 TRAINING = {
     1: [*kinds((1,)), *options((3,))],
-    2: [*kinds(), *options(), *WAVES],
+    2: [*kinds(), *options(), *WAVES, *STARTED],
     3: [*kinds((2, 3)), *options((1,)), WAVES[0]],
     4: [*kinds((1, 3)), WAVES[1], case("groups", 2, groups=True), case("zero.Init", 3, init=True)],
 }
@@ -90,6 +92,8 @@ RESUMES = [
     for stage in (0, 1, 2, 3)
     for name, dtype, groups in (("resume", "fp32", False), ("resume", "bf16", False), ("resume groups", "fp32", True))
 ]
+# A checkpoint's b is the one that counts.
+RESUMES += [case("resume decay_init", stage, do="resume", params=START, again=PARAMS) for stage in (1, 3)]
 FAULTS = [case(f"{what} fault", stage, do="fault", fault=what) for stage in (2, 3) for what in ("partition", "state")]
 NONFINITE = [
     *(case("nonfinite", stage, dtype, do="nonfinite") for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16")),

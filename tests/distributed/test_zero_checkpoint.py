@@ -58,6 +58,7 @@ BY_NAME["stage 1 bf16 fp32 accumulation"] |= {
     "scheduler": WARMUP,
 }
 BY_NAME["stage 2 bf16"]["params"]["momentum_dtype"] = "bfloat16"
+BY_NAME["stage 3 groups"]["params"]["decay_init"] = 3.0
 # Without it DeepSpeed's prefetching stumbles over the unused parameter after a checkpoint, whatever the optimizer.
 BY_NAME["stage 3 fp16 init"]["zero"] = {"stage3_param_persistence_threshold": 0}
 BY_NAME["stage 3 groups"]["zero"] = {"sub_group_size": 50}

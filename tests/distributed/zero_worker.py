@@ -241,14 +241,17 @@ def refuse(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def resume(case: dict[str, Any]) -> dict[str, Any]:
-    """Trains 4 + 4 steps; then loads what was saved after 4 into another engine and trains the last 4 again."""
+    """Trains 4 + 4 steps; then loads what was saved after 4 into another engine and trains the last 4 again.
+
+    case["again"]: that engine's keywords.
+    """
     folder = os.environ["AMOS_TEST_FOLDER"] + "/" + case["name"].replace(" ", "_")
     engine = engine_for(case, 12 * case.get("micro", 2))
     train_steps(engine, case, range(4))
     engine.save_checkpoint(folder, "four")
     train_steps(engine, case, range(4, 8))
     first = full_parameters(engine)
-    again = engine_for(case, 12 * case.get("micro", 2))
+    again = engine_for({**case, "params": case.get("again", case["params"])}, 12 * case.get("micro", 2))
     again.load_checkpoint(folder, "four")
     train_steps(again, case, range(4, 8))
     second = full_parameters(again)

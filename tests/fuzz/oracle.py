@@ -14,7 +14,7 @@ from amos_dist.state import compute_dtype
 from amos_dist.tables import seed_of_parameter
 
 from ..conftest import TOLERANCES, Tolerance
-from ..unit.compare import REFERENCE_KEYWORDS, assert_same
+from ..unit.compare import REFERENCE_KEYWORDS, assert_same, new_state
 
 LOW = (torch.bfloat16, torch.float16)
 Rules = Callable[[str], dict[str, Any]]
@@ -31,6 +31,7 @@ class Oracle:
         self.rules = rules
         self.params: list[Tensor] = []
         self.states: list[dict[str, Any]] = []
+        self.starts: list[float | None] = []  # b of each parameter when its state was made
         self.measured: list[float | None] = []
         self.built: list[float] = []  # the lr of each parameter's group when it was added
         self.add(optimizer)
@@ -43,6 +44,7 @@ class Oracle:
             given = {**group, **self.rules(name)}
             self.params.append(param.detach().clone())
             self.states.append({})
+            self.starts.append(None)
             auto = given["sigma"] == "auto" and param.numel()
             self.measured.append(_measured(param, given["row_dims"], "auto") if auto else None)
             self.built.append(float(group["lr"]))
@@ -79,6 +81,7 @@ class Oracle:
         """The step that the optimizer is about to take, or has taken; it must still have its gradients."""
         some = list(members(optimizer))
         if any(param.grad is not None for param, _, _ in some):
+            self._note_starts(some)
             self._round_momentum(some)
         if self._is_trial(some) or self._is_skipped(some):
             return
@@ -87,7 +90,14 @@ class Oracle:
                 continue
             copy, state = self.params[number], self.states[number]
             follow_weights(state, copy)
+            state.update(state or new_state(copy, self.starts[number] or 0.0))
             amos_step(copy, param.grad, state, **self.settings(number, name, group))
+
+    def _note_starts(self, some: list[tuple[Tensor, str, dict[str, Any]]]) -> None:
+        """State is made by the first call that finds any gradient, also where no step follows."""
+        for number, (param, name, group) in enumerate(some):
+            if self.starts[number] is None and (param.requires_grad or param.grad is not None):
+                self.starts[number] = float({**group, **self.rules(name)}["decay_init"])
 
     def _round_momentum(self, some: list[tuple[Tensor, str, dict[str, Any]]]) -> None:
         """Another momentum_dtype is taken at the next call, of all parameters; also where no step follows."""

@@ -72,4 +72,5 @@ def frozen(value: Any) -> Any:
 
 
 def _has_moved(state: dict[str, Any]) -> bool:
-    return any(bool((local_of(v) != 0).any()) for k, v in state.items() if isinstance(v, Tensor) and k != "master")
+    from_zero = [v for k, v in state.items() if isinstance(v, Tensor) and k not in ("master", "decay")]
+    return any(bool((local_of(v) != 0).any()) for v in from_zero)

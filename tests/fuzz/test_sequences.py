@@ -21,7 +21,7 @@ from .test_settings import odd_group
 from .test_state_dicts import damage
 
 # What may be changed in a group between two steps; the rest shapes the state.
-CHANGEABLE = tuple(key for key in OPTIONS if key not in ("moments", "fused", "foreach"))
+CHANGEABLE = tuple(key for key in OPTIONS if key not in ("moments", "decay_init", "fused", "foreach"))
 
 
 class Sequences(RuleBasedStateMachine):

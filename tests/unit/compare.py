@@ -11,6 +11,7 @@ from torch import Tensor
 
 from amos_dist import Amos
 from amos_dist.reference import amos_step
+from amos_dist.state import compute_dtype
 from amos_dist.tables import seed_of_parameter
 
 from ..conftest import TOLERANCES, Tolerance, relative_error
@@ -19,6 +20,12 @@ KINDS = ("factored", "row", "column", "scalar", "full")
 # Odd sizes; 1 x n and n x 1; rows longer than a chunk of the kernels (4096); rows and columns beyond their unrolling.
 SHAPES = ((), (1,), (37,), (5, 7), (1, 70), (70, 1), (67, 33), (3, 4999), (3, 4, 5), (6, 3, 3, 3), (2, 3, 2, 5, 3))
 REFERENCE_KEYWORDS = set(inspect.signature(amos_step).parameters)
+
+
+def new_state(param: Tensor, decay_init: float) -> dict[str, Any]:
+    """The reference's state before the first step; it knows no `decay_init`, but goes on from the b that is there."""
+    return {"decay": torch.tensor(decay_init, dtype=compute_dtype(param))} if decay_init else {}
+
 
 Gradients = Callable[[int], Sequence[Tensor | None]]
 
@@ -94,6 +101,7 @@ def follow(
             settings["lr"] = float(settings["lr"])
             settings["seed"] = seed_of_parameter(settings["seed"], i)
             if grad is not None:
+                state.update(state or new_state(param, given["decay_init"]))
                 amos_step(copy, grad, state, **settings)
         optimizer.step()
         for i, (param, copy, state) in enumerate(zip(params, expected, states, strict=True)):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from amos_dist import lr_for_half_life, reference, suggest_lr, weight_decay_for
+from amos_dist import decay_after, lr_for_half_life, reference, suggest_lr, weight_decay_for
 from amos_dist.guidance import half_life
 
 
@@ -51,6 +51,36 @@ def test_against_amos_itself(steps: int, sigma: float, keywords: dict[str, float
     assert rates[0] == 1.0 and rates[-1] == pytest.approx(0.5, rel=0.05)
 
 
+def simulated(steps: int, lr: float, c_coef: float) -> float:
+    """b of reference.amos_step after steps with random gradients."""
+    param, state = torch.zeros(1, 10_000, dtype=torch.float64), {}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        grad = torch.randn(1, 10_000, generator=generator, dtype=torch.float64)
+        reference.amos_step(param, grad, state, lr=lr, sigma=0.1, moments="row", c_coef=c_coef)
+    return float(state["decay"])
+
+
+@pytest.mark.parametrize(("lr", "c_coef"), [(0.01, 0.25), (0.05, 0.25), (0.1, 0.25), (0.1, 2.0), (0.05, 0.0)])
+def test_decay_after_so_many_steps_is_that_of_the_reference(lr: float, c_coef: float) -> None:
+    assert decay_after(500, lr, c_coef=c_coef) == pytest.approx(simulated(500, lr, c_coef), rel=0.01)
+
+
+def test_decay_after_few_steps_and_after_many() -> None:
+    assert decay_after(0, 0.1) == 0
+    assert decay_after(1, 0.1) == pytest.approx(0.01, rel=0.01)  # lr^2
+    assert decay_after(500, 0.01) == pytest.approx(math.expm1(500 * 0.01**2), rel=1e-3)
+    assert decay_after(300_000, 0.005) == pytest.approx(293, rel=0.01)  # the paper's BERT, by its recurrence
+    steps, lr = 1e9, 0.01  # far on b grows with the square of the steps
+    assert decay_after(2 * steps, lr) / decay_after(steps, lr) == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.5])
+def test_the_rate_is_half_at_the_decay_after_its_half_life(sigma: float) -> None:
+    b = decay_after(half_life(0.01, sigma), 0.01)
+    assert 1 / (1 + 0.25 * math.sqrt(0.01 * sigma) * b) == pytest.approx(0.5, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -61,6 +91,11 @@ def test_against_amos_itself(steps: int, sigma: float, keywords: dict[str, float
         (lambda: lr_for_half_life(math.inf, 1), "steps=inf is out of range"),
         (lambda: lr_for_half_life(100, -1), "sigma=-1 is out of range"),
         (lambda: lr_for_half_life(1, 0.02), "steps=1 is too few"),
+        (lambda: decay_after(-1, 0.1), "steps=-1 is out of range"),
+        (lambda: decay_after(math.inf, 0.1), "steps=inf is out of range"),
+        (lambda: decay_after(10, 0), "lr=0 is out of range"),
+        (lambda: decay_after(10, 0.1, c_coef=math.nan), "c_coef=nan is out of range"),
+        (lambda: decay_after(1e6, 0.5, c_coef=0), "bring b beyond what float32 can hold"),
     ],
 )
 def test_bad_values(call: Any, words: str) -> None:

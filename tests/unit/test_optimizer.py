@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "coefficients": {"c_coef": 3.0, "d_coef": 2.0},
     "bfloat16 momentum": {"momentum": 0.9, "momentum_dtype": torch.bfloat16},
     "beta 0": {"beta": 0.0},
+    "decay_init": {"decay_init": 40.0},
     "lr 0": {"lr": 0.0},
     "large lr": {"lr": 1.0},
     "all": {"maximize": True, "clip_value": 0.05, "extra_l2": 0.01, "c_coef": 1.0, "momentum": 0.5},

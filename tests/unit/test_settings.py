@@ -33,12 +33,13 @@ BAD_VALUES: list[tuple[str, Any, type[Exception]]] = [
     *[("beta", v, ValueError) for v in (-0.1, 1.0, 1.5, NAN)],
     *[("momentum", v, ValueError) for v in (-0.1, 1.0, NAN)],
     *[("clip_value", v, ValueError) for v in (0.0, -1.0, NAN)],
-    *[(key, v, ValueError) for key in ("extra_l2", "c_coef", "d_coef") for v in (-1e-3, NAN, INF)],
+    *[(key, v, ValueError) for key in ("extra_l2", "c_coef", "d_coef", "decay_init") for v in (-1e-3, NAN, INF)],
     *[("eps", v, ValueError) for v in (0.0, -1.0, NAN)],
     *[("moments", v, ValueError) for v in ("diagonal", None, 1)],
     *[("row_dims", v, ValueError) for v in (0, -1, 1.5, True, "1")],
     *[("momentum_dtype", v, ValueError) for v in ("float8", torch.float16, torch.int32, 7, "nn")],
     *[(key, v, TypeError) for key in ("lr", "beta", "extra_l2", "eps") for v in ("0.1", None, [0.1], True)],
+    *[("decay_init", v, TypeError) for v in ("0.1", None)],
     ("sigma", None, TypeError),
     ("lr", torch.tensor([0.1, 0.2]), TypeError),
     ("maximize", 1, TypeError),
@@ -151,6 +152,7 @@ RULE_VALUES = {
     "extra_l2": 0.1,
     "c_coef": 2.0,
     "d_coef": 2.0,
+    "decay_init": 40.0,
     "maximize": True,
     "moments": "row",
     "lr": 0.03,
@@ -313,7 +315,9 @@ def test_step_is_refused(what: str, after: int) -> None:
     assert_step_is_refused(*STEP_ERRORS[what], after=after)
 
 
-@pytest.mark.parametrize(("key", "value"), [("beta", 1.5), ("beta", NAN), ("momentum", NAN), ("sigma", -1.0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("beta", 1.5), ("beta", NAN), ("momentum", NAN), ("sigma", -1.0), ("decay_init", NAN)]
+)
 def test_a_schedule_that_spoils_other_numbers(key: str, value: float) -> None:
     change = lambda optimizer: optimizer.param_groups[-1].update({key: value})  # noqa: E731
     assert_step_is_refused(None, change, ValueError, rf"{key}=", after=1)

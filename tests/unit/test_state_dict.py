@@ -168,6 +168,34 @@ def test_groups_keep_their_settings() -> None:
     assert [group["momentum"] for group in other.param_groups] == [0.0, 0.5]
 
 
+@pytest.mark.parametrize("moments", KINDS)
+def test_decay_init_is_of_new_state_only(moments: str) -> None:
+    """A checkpoint has its own b, also of a parameter that has had no gradient; so has a state that is there."""
+    params = parameters(torch.float32, [(5, 7), (37,), (4, 3)])
+    optimizer = Amos(params, lr=0.05, moments=moments, decay_init=0.5)
+    steps(optimizer, params[:2], [1])
+    assert all(bool((optimizer.state[p]["decay"] >= 0.5).all()) for p in params)
+    assert bool((optimizer.state[params[2]]["decay"] == 0.5).all())
+    optimizer.param_groups[0]["decay_init"] = 7.0
+    copies = clones(params)
+    resumed = Amos(copies, lr=0.05, moments=moments, decay_init=40.0)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    steps(optimizer, params, [2, 3])
+    steps(resumed, copies, [2, 3])
+    assert same(everything(resumed), everything(optimizer))
+    assert max(float(optimizer.state[p]["decay"].max()) for p in params) < 1
+
+
+def test_before_the_first_step_the_start_of_b_is_in_the_group() -> None:
+    saved = Amos(parameters(torch.float32, [(5, 7)]), lr=0.05, decay_init=2.0).state_dict()
+    params = parameters(torch.float32, [(5, 7)])
+    other = Amos(params, lr=0.05)
+    other.load_state_dict(saved)
+    params[0].grad = torch.zeros(5, 7)
+    other.step()
+    assert other.state[params[0]]["decay"].tolist() == [[2.0]] * 5
+
+
 def test_a_hook_may_change_what_is_loaded() -> None:
     params = parameters(torch.float32, [(5, 7)])
     optimizer = Amos(params, lr=0.05)
@@ -227,6 +255,10 @@ MISFITS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "more parameters": (lambda: saved_by([(5, 7), (37,), (3,)]), r"has 3 parameters, the optimizer's has 2"),
     "no groups": (lambda: {"state": {}}, r"has no 'param_groups'"),
     "no state": (lambda: {"param_groups": []}, r"has no 'state'"),
+    "negative start of b": (
+        edited(lambda s: s["param_groups"][0].update(decay_init=-1)),
+        r"decay_init=-1 is out of range",
+    ),
     "without step": (edited(lambda s: s["state"][0].pop("step")), r"state of 'layer\.weight' is not of Amos"),
     "without decay": (edited(lambda s: s["state"][1].pop("decay")), r"state 'decay' of 'layer\.bias' has shape None"),
     "truncated": (

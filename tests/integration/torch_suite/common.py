@@ -27,7 +27,7 @@ KWARGS: dict[str, dict[str, Any]] = {
     "row": {"moments": "row"},
     "column": {"moments": "column", "momentum": 0.5, "maximize": True},
     "scalar": {"moments": "scalar"},
-    "full": {"moments": "full", "eps": 1e-12},
+    "full": {"moments": "full", "eps": 1e-12, "decay_init": 2.0},
     "beta, sigma, coefficients": {"beta": 0.9, "sigma": 0.3, "c_coef": 0.5, "d_coef": 0.1},
     "extra_l2, clip_value": {"extra_l2": 0.01, "clip_value": 0.5},
     "row_dims": {"row_dims": 1, "moments": "factored"},
