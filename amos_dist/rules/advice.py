@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ class Place:
     Attributes:
         path: of its module, without what wrappers add. name: in its module.
         around: what the module is in, the nearest first.
-        activations: see `_activations_read`.
+        activations: see `_activations_read`. recurrent: see `_beside_recurrent`.
     """
 
     path: str
@@ -50,11 +50,17 @@ class Place:
     around: tuple[nn.Module, ...]
     shape: tuple[int, ...]
     activations: dict[int, str]
+    recurrent: dict[int, str]
 
     @property
     def activation(self) -> str:
         """The class of the activation that the module reads, or ""."""
         return self.activations.get(id(self.module), "")
+
+    @property
+    def beside(self) -> str:
+        """The class of the recurrent net whose hidden states the module reads, or which reads an embedding, or ""."""
+        return self.recurrent.get(id(self.module), "")
 
     @property
     def kind(self) -> str:
@@ -71,6 +77,8 @@ _ACTIVATION_KIND = re.compile(r"ReLU|GELU|SiLU|ELU|Mish|Swish|Activation")
 _PASS = (nn.Dropout, nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.Flatten)
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
 
 
 def advise(model: nn.Module) -> dict[str, Advice]:
@@ -81,7 +89,7 @@ def advise(model: nn.Module) -> dict[str, Advice]:
     """
     places: dict[int, dict[str, Place]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
-    activations = _activations_read(model)
+    activations, recurrent = _activations_read(model), _beside_recurrent(model)
     for prefix, module in modules.items():
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             full = f"{prefix}.{name}" if prefix else name
@@ -89,7 +97,7 @@ def advise(model: nn.Module) -> dict[str, Advice]:
                 raise ValueError(f"parameter {full!r} has no shape yet: its module is lazy. Run one batch through it.")
             parts = prefix.split(".") if prefix else []
             around = tuple(modules[".".join(parts[:i])] for i in reversed(range(len(parts))))
-            place = Place(names.own_path(prefix), name, module, around, original_shape(param), activations)
+            place = Place(names.own_path(prefix), name, module, around, original_shape(param), activations, recurrent)
             places.setdefault(id(param), {})[full] = place
     return {next(iter(each)): _advise_tied(each) for each in places.values()}
 
@@ -99,18 +107,37 @@ def _activations_read(model: nn.Module) -> dict[int, str]:
 
     It is the module registered before them, pooling and dropout aside. What a wrapper reads its module reads.
     """
-    found = {}
+    found: dict[int, str] = {}
     for parent in model.modules():
-        before: nn.Module | None = None
-        for child in parent.children():
-            if before is not None and _is_activation(before):
-                found[id(child)] = type(before).__name__
-            if not isinstance(child, _PASS):
-                before = child
+        found |= {id(child): type(before).__name__ for before, child in _in_turn(parent) if _is_activation(before)}
         if id(parent) in found:
             for wrapper in names.WRAPPERS & dict(parent.named_children()).keys():
                 found[id(getattr(parent, wrapper))] = found[id(parent)]
     return found
+
+
+def _beside_recurrent(model: nn.Module) -> dict[int, str]:
+    """The class of the recurrent net beside modules, by id(module), as far as the order of registration tells.
+
+    It is registered before a Linear or another recurrent net, or after an embedding.
+    """
+    found = {}
+    for before, child in (pair for parent in model.modules() for pair in _in_turn(parent)):
+        if isinstance(before, _RECURRENT) and isinstance(child, (nn.Linear, *_RECURRENT)):
+            found[id(child)] = type(before).__name__
+        if isinstance(before, _EMBEDDING) and isinstance(child, _RECURRENT):
+            found[id(before)] = found[id(child)] = type(child).__name__
+    return found
+
+
+def _in_turn(parent: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The modules in it, each with the one registered before it, pooling and dropout aside."""
+    before: nn.Module | None = None
+    for child in parent.children():
+        if before is not None:
+            yield before, child
+        if not isinstance(child, _PASS):
+            before = child
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -142,6 +169,14 @@ def _kernel(
 ) -> Advice:
     sigma, formula = root(gain, fan_in)
     return Advice(sigma, row_dims, moments, f"{what}: {formula}", fan_in, notes)
+
+
+def _of_hidden(what: str, number: int, called: str = "fan_in") -> Advice:
+    """What reads the hidden states of a recurrent net, or makes its inputs: n of them have a scale of n^(-1/4).
+
+    That is the scale to which the paper's LSTM normalizes its inputs, and torch's finds it by itself (docs/sigma.md).
+    """
+    return Advice(max(1, number) ** -0.25, 1, None, f"{what}: {called}^(-1/4), {called} {number}", number)
 
 
 # ---- rules: each has an opinion, or None; the first that has one decides --------------------------------------------
@@ -240,7 +275,9 @@ def _vector(place: Place) -> Advice | None:
 def _embedding(place: Place) -> Advice | None:
     if isinstance(place.module, (nn.Linear, *_CONV, *_TRANSPOSED)):
         return None
-    is_module = isinstance(place.module, (nn.Embedding, nn.EmbeddingBag))
+    is_module = isinstance(place.module, _EMBEDDING)
+    if is_module and place.beside:
+        return _of_hidden(f"embedding before {place.beside}", place.shape[-1], "width")
     if not is_module and not names.EMBEDDING.search(place.name) and "embed" not in place.kind.lower():
         return None
     sigma, formula = root(2, place.shape[-1], "width")
@@ -255,14 +292,21 @@ def _attention(place: Place) -> Advice | None:
 
 
 def _recurrent(place: Place) -> Advice | None:
-    if not isinstance(place.module, (nn.RNNBase, nn.RNNCellBase)) or not place.name.startswith("weight_"):
+    if not isinstance(place.module, _RECURRENT) or not place.name.startswith("weight_"):
         return None
+    fan_in = place.shape[1]
     if place.name.startswith("weight_hr"):
-        return _kernel(f"projection of {place.kind}", 1, place.shape[1])
+        return _of_hidden(f"projection of {place.kind}", fan_in)
     gates = place.shape[0] // place.module.hidden_size
-    source = "input" if place.name.startswith("weight_ih") else "hidden state"
     what = f"{gates} packed gates of {place.kind}" if gates > 1 else place.kind
-    return _kernel(f"{source} to {what}", 1, place.shape[1])
+    if place.name.startswith("weight_hh"):
+        return _of_hidden(f"hidden state to {what}", fan_in)
+    is_first = place.name == "weight_ih" or "_l0" in place.name
+    return (
+        _kernel(f"input to {what}", 1, fan_in)
+        if is_first and not place.beside
+        else _of_hidden(f"input to {what}", fan_in)
+    )
 
 
 def _convolution(place: Place) -> Advice | None:
@@ -288,6 +332,8 @@ def _matrix(place: Place) -> Advice | None:
     called = names.KERNEL_NAME.fullmatch(place.name) or names.KERNEL_KIND.search(place.kind)
     if len(place.shape) != 2 or not (isinstance(place.module, nn.Linear) or called):
         return None
+    if place.beside:
+        return _of_hidden(f"kernel after {place.beside}", place.shape[1])
     is_bare = not re.fullmatch(r"weights?|kernel", place.name, re.IGNORECASE)
     gain, what = names.role(f"{place.path}.{place.name}" if is_bare else place.path, place.activation)
     if place.kind == "Conv1D":

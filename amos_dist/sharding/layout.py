@@ -102,7 +102,7 @@ class Layout:
         for piece in self.pieces:
             if piece.share != (share := shares.get(piece.key)):
                 return f"its piece of parameter {piece.key} has {piece.share} for its share of columns, not {share}"
-        here = {piece.key for piece in self.pieces if piece.length}
+        here = {piece.key for piece in self.pieces if isinstance(piece, Piece) and piece.length}
         for cut in self.cuts:
             if cut.holders.stop > ranks or (cut.key in here) != (rank in cut.holders):
                 return f"parameter {cut.key} is cut between {cut.holders} of {ranks}, but its pieces say otherwise"

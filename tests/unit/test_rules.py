@@ -81,7 +81,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "lstm": (
         lambda: nn.LSTM(5, 7),
-        {"weight_ih_l0": root(1 / 5), "weight_hh_l0": root(1 / 7), "bias_ih_l0": 0.5, "bias_hh_l0": 0.5},
+        {"weight_ih_l0": root(1 / 5), "weight_hh_l0": 7**-0.25, "bias_ih_l0": 0.5, "bias_hh_l0": 0.5},
     ),
     "attention of other widths": (
         lambda: nn.MultiheadAttention(12, 3, kdim=8, vdim=6, bias=False),
@@ -93,21 +93,39 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gru": (
         lambda: nn.GRU(5, 7, bidirectional=True, bias=False),
         {
-            "weight_ih_l0": root(1 / 5), "weight_hh_l0": root(1 / 7), "weight_ih_l0_reverse": root(1 / 5),
-            "weight_hh_l0_reverse": root(1 / 7),
+            "weight_ih_l0": root(1 / 5), "weight_hh_l0": 7**-0.25, "weight_ih_l0_reverse": root(1 / 5),
+            "weight_hh_l0_reverse": 7**-0.25,
         },
     ),
     "projected lstm": (
         lambda: nn.LSTM(5, 7, proj_size=3, bias=False),
-        {"weight_ih_l0": root(1 / 5), "weight_hh_l0": root(1 / 3), "weight_hr_l0": root(1 / 7)},
+        {"weight_ih_l0": root(1 / 5), "weight_hh_l0": 3**-0.25, "weight_hr_l0": 7**-0.25},
     ),
     "cells": (
         lambda: nn.Sequential(nn.LSTMCell(5, 7, bias=False), nn.GRUCell(4, 6, bias=False), nn.RNNCell(3, 2)),
         {
-            "0.weight_ih": root(1 / 5), "0.weight_hh": root(1 / 7), "1.weight_ih": root(1 / 4),
-            "1.weight_hh": root(1 / 6), "2.weight_ih": root(1 / 3), "2.weight_hh": root(1 / 2), "2.bias_ih": 0.5,
+            "0.weight_ih": root(1 / 5), "0.weight_hh": 7**-0.25, "1.weight_ih": 4**-0.25,
+            "1.weight_hh": 6**-0.25, "2.weight_ih": 3**-0.25, "2.weight_hh": 2**-0.25, "2.bias_ih": 0.5,
             "2.bias_hh": 0.5,
         },
+    ),
+    "language model": (
+        lambda: nn.Sequential(
+            nn.Embedding(50, 5),
+            nn.Dropout(),
+            nn.LSTM(5, 7, 2, bias=False),
+            nn.Dropout(),
+            nn.Linear(7, 50),
+            nn.Linear(50, 4),
+        ),
+        {
+            "0.weight": 5**-0.25, "2.weight_ih_l0": 5**-0.25, "2.weight_hh_l0": 7**-0.25, "2.weight_ih_l1": 7**-0.25,
+            "2.weight_hh_l1": 7**-0.25, "4.weight": 7**-0.25, "4.bias": 0.5, "5.weight": root(1 / 50), "5.bias": 0.5,
+        },
+    ),
+    "embedding before another module": (
+        lambda: nn.Sequential(nn.Embedding(50, 5), nn.Linear(5, 5, bias=False), nn.GRU(5, 7, bias=False)),
+        {"0.weight": root(2 / 5), "1.weight": root(1 / 5), "2.weight_ih_l0": root(1 / 5), "2.weight_hh_l0": 7**-0.25},
     ),
     "norms of several dimensions": (lambda: nn.LayerNorm([4, 5, 5]), {"weight": 1.0, "bias": 0.5}),
     "convolutions of 1 and 3 dimensions": (

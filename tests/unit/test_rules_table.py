@@ -162,12 +162,13 @@ def test_wrappers_are_looked_through() -> None:
 
 
 def test_reasons_of_what_is_packed() -> None:
-    model = nn.Sequential(nn.MultiheadAttention(4, 2), nn.LSTM(4, 3), nn.GRU(4, 3), nn.RNN(4, 3))
+    model = nn.Sequential(nn.MultiheadAttention(4, 2), nn.LSTM(4, 3), nn.GRU(4, 3), nn.RNN(4, 3), nn.Linear(3, 2))
     reasons = {row.name: row.reason for row in table(model)}
     assert reasons["0.in_proj_weight"] == "packed query, key and value: √(1/fan_in), fan_in 4"
     assert reasons["1.weight_ih_l0"] == "input to 4 packed gates of LSTM: √(1/fan_in), fan_in 4"
-    assert reasons["2.weight_hh_l0"] == "hidden state to 3 packed gates of GRU: √(1/fan_in), fan_in 3"
-    assert reasons["3.weight_hh_l0"] == "hidden state to RNN: √(1/fan_in), fan_in 3"
+    assert reasons["2.weight_hh_l0"] == "hidden state to 3 packed gates of GRU: fan_in^(-1/4), fan_in 3"
+    assert reasons["3.weight_hh_l0"] == "hidden state to RNN: fan_in^(-1/4), fan_in 3"
+    assert reasons["4.weight"] == "kernel after RNN: fan_in^(-1/4), fan_in 3"
 
 
 def test_relative_positions_by_their_names() -> None:
