@@ -15,6 +15,8 @@ LARGEST = math.log(2.0**127)  # of ln(1 + b): a b beyond is none that float32 ho
 def suggest_lr(batches: int) -> float:
     """1 / sqrt(N), the paper's learning rate (Su's alpha_0) for N independent batches in the training set.
 
+    Of a run that ends before it has seen them all, N are its steps (docs/quality.md).
+
     Raises:
         ValueError: there is no batch.
     """
