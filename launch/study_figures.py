@@ -19,7 +19,7 @@ COLOURS = {
 }  # fmt: skip
 VARIANT = "slateblue"  # other variants of Amos
 MARKERS = "ovsDP^X<*>hp8d"
-HEADLINE = ("amos", "amos_tuned", "adamw_tuned", "adamw", "muon")  # of the curves
+HEADLINE = ("amos", "amos_rule", "amos_tuned", "adamw_tuned", "adamw", "muon")  # of the curves
 YARDSTICK = "adamw_tuned"
 
 

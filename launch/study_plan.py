@@ -116,7 +116,7 @@ def variant(name: str, label: str, tasks: str = "language", wave: int = 1, **cha
 ENTRIES = {
     entry.name: entry
     for entry in (
-        Entry("amos", "Amos, untuned", AMOS, wave=0, tasks="all", lengths=SHORTER),
+        Entry("amos", "Amos, untuned, 1/√N", AMOS, wave=0, tasks="all", lengths=SHORTER),
         Entry("adamw_tuned", "AdamW, tuned", ADAMW, Tuning(2e-3, ADAM_CHANGES), 0, "all"),
         Entry(
             "adamw",
@@ -127,8 +127,8 @@ ENTRIES = {
         ),
         Entry("amos_tuned", "Amos, tuned", AMOS, Tuning(0.02, AMOS_CHANGES), 1, "all", lengths=SHORTER),
         # Amos, one thing changed: what its defaults are to be set from
-        Entry("amos_rule", "Amos, lr = 1/√steps, linear decay", RULE, wave=0, tasks="all", lengths=SHORTER),
-        variant("steps", "lr = 1/√steps, cosine", "all", 0, schedule="cosine"),
+        Entry("amos_rule", "Amos, untuned, 1/√steps", RULE, wave=0, tasks="all", lengths=SHORTER),
+        variant("steps", "1/√steps, cosine", "all", 0, schedule="cosine"),
         variant("warmup", "warm-up of 15 %", warmup=0.15),
         variant("su", "Su's decay", schedule="su"),
         variant("constant", "its own decay alone", schedule="constant"),
