@@ -174,6 +174,8 @@ AMOS = (
     Variant("Amos factored, momentum", _amos(momentum=0.9), 24, 4),
     Variant("Amos row, bf16 momentum", _amos(moments="row", momentum=0.9, momentum_dtype=torch.bfloat16), 16, 2),
     Variant("Amos factored, bf16 momentum", _amos(momentum=0.9, momentum_dtype=torch.bfloat16), 20, 2),
+    Variant("Amos row, 8-bit momentum", _amos(moments="row", momentum=0.9, momentum_dtype=torch.int8), 14, 1),
+    Variant("Amos factored, 8-bit momentum", _amos(momentum=0.9, momentum_dtype=torch.int8), 18, 1),
     # bfloat16 gradient read, float32 master read and written, bfloat16 parameter written
     Variant("Amos row, bf16, fp32 master", _amos(moments="row", master_weights=True), 12, 4, torch.bfloat16),
 )

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .member import Member
+from .runs import in_float32
 from .sharding import Original, Piece, disagreement
 from .state import State, has_rows, refuse_foreign, refuse_shapes, state_sizes, whole_shapes
 
@@ -180,7 +181,7 @@ def _full_state(amos: Amos) -> dict[str, State]:
     for member in amos._members(bool(amos.state.get(tensor)) for tensor in amos._tensors()):
         original = amos._originals[member.layout.pieces[0].key]
         result[original.name] = sigma_entry(member.group["measured_sigma"][original.place])
-        for key, value in amos.state[member.tensor].items():
+        for key, value in in_float32(amos.state[member.tensor], member.tensor, member.layout.pieces).items():
             if isinstance(value, Tensor):
                 whole: Any = getattr(value, "full_tensor", value.clone)  # a DTensor's, or what is whole already
                 result[original.name][key] = whole()
@@ -206,7 +207,11 @@ def _entries(
     entries: dict[str, State] = {}
     for process_group in process_groups:
         some = [member for member in members if process_group in member.layout.fellows]
-        mine = [pair for m in some for pair in shares(m.layout.pieces, states[m.tensor], kinds, momentum)]
+        mine: list[tuple[Share, Tensor]] = []
+        for member in some:
+            tensor, pieces = member.tensor, member.layout.pieces
+            state = in_float32(states[tensor], tensor, pieces) if momentum else states[tensor]
+            mine += shares(pieces, state, kinds, momentum)
         for share, numbers in _gathered(mine, process_group):
             original = originals[share.key]
             if original.name not in entries:
@@ -312,7 +317,7 @@ class Loaded:
             return self.fault or _fault(None, absent[0], "", False)
         taken = cut(member.layout.pieces, {key: self.entries[o.name] for key, o in here.items()}, kinds)
         if member.momentum_dtype is not None and "exp_avg" in state:
-            taken["momentum"] = state["exp_avg"].to(member.momentum_dtype)
+            taken["momentum"] = state["exp_avg"]  # make_state knows its dtype
         state.clear()
         state.update(taken)
         self.waiting.discard(member.tensor)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import coefficients, column_profile, stochastic_bfloat16
+from .reference import coefficients, column_profile, stochastic_bfloat16, stochastic_int8, widened_int8
 
 ROW, COLUMN, FACTORED = 0, 1, 2
 Tensors = list[Tensor]
@@ -33,6 +33,11 @@ class _Block(NamedTuple):
     columns: int
     hyper: int
     first: int
+    run: int
+
+    def runs_of(self, scales: Tensors) -> Tensor:
+        """The scales of this block's momentum."""
+        return scales[self.tensor].view(-1)[self.run :]
 
     def of(self, tensors: Tensors) -> Tensor:
         """This block's elements, as a matrix that shares the tensor's memory."""
@@ -64,6 +69,11 @@ class _Hyper(NamedTuple):
     grad_sign: float
     seed: float
 
+    @property
+    def key(self) -> int:
+        """Of the random numbers."""
+        return int(self.seed if self.seed >= 0 else -1 - self.seed)
+
     def coefficients(self, G: Tensor, v: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """A and B; moves v and b on."""
         v.mul_(self.beta).add_(G, alpha=1 - self.beta)
@@ -94,7 +104,7 @@ def _rows(blocks: Tensor, hyper: Tensor) -> Rows:
 def _rounded(values: Tensor, block: _Block, h: _Hyper) -> Tensor:
     rows = torch.arange(block.rows, device=values.device).unsqueeze(1) * block.row_count
     index = block.first + rows + torch.arange(block.cols, device=values.device)
-    return stochastic_bfloat16(values, index, int(h.seed), int(h.t))
+    return stochastic_bfloat16(values, index, h.key, int(h.t))
 
 
 def _sums(grad: Tensors, work: Tensor, rows: Rows) -> None:
@@ -136,6 +146,7 @@ def _update(
     work: Tensor,
     rows: Rows,
     norms: Tensor | None,
+    scales: Tensors | None,
 ) -> None:
     for block, h in rows:
         theta, g = block.of(param), block.of(grad).to(work.dtype).clamp(-h.clip, h.clip) * h.grad_sign
@@ -151,8 +162,15 @@ def _update(
         step = A * g + B * wide
         if momentum:
             m = block.of(momentum)
-            step = h.momentum * m.to(work.dtype) + (1 - h.momentum) * step
-            m.copy_(step)
+            wide_m = widened_int8(m.view(-1), block.runs_of(scales)).view(m.shape) if scales else m.to(work.dtype)
+            step = h.momentum * wide_m + (1 - h.momentum) * step
+            if scales:
+                index = block.first + torch.arange(step.numel(), device=step.device)
+                rounded, scale = stochastic_int8(step.view(-1), index, h.key, int(h.t))
+                m.copy_(rounded.view(m.shape))
+                block.runs_of(scales)[: len(scale)] = scale
+            else:
+                m.copy_(step)
         if norms is not None:
             norms[block.hyper] += torch.stack([each.double().square().sum() for each in (step, wide)])
         new = wide - step
@@ -179,8 +197,9 @@ def update_(
     hyper: Tensor,
     names: Tensor | None = None,
     norms: Tensor | None = None,
+    scales: Tensors | None = None,
 ) -> None:
-    _update(param, grad, momentum, low_param, work, _rows(blocks, hyper), norms)
+    _update(param, grad, momentum, low_param, work, _rows(blocks, hyper), norms, scales)
 
 
 def step_(
@@ -194,6 +213,7 @@ def step_(
     hyper: Tensor,
     names: Tensor | None = None,
     norms: Tensor | None = None,
+    scales: Tensors | None = None,
 ) -> None:
     for block, h in _rows(blocks, hyper):  # one by one: blocks may share their places in the workspace
         places = work
@@ -205,4 +225,4 @@ def step_(
         row = [(block, h)]
         _sums(grad, places, row)
         _slots(state, places, row)
-        _update(param, grad, momentum, low_param, places, row, norms)
+        _update(param, grad, momentum, low_param, places, row, norms, scales)

@@ -13,7 +13,7 @@ from . import ops
 from .columns import CutColumns
 from .member import Member
 from .sharding import dtensor
-from .state import FLOAT_STATE, WHOLE_STATE, State, compute_dtype
+from .state import FLOAT_STATE, SCALE, WHOLE_STATE, State, compute_dtype
 from .tables import Blocks, Constants, Numbers, lines
 from .travel import Travel
 
@@ -49,6 +49,7 @@ class Launch:
         self.counts_on = self.device if first.capturable else torch.device("cpu")
         self.master = first.master
         self.with_momentum = first.momentum_dtype is not None
+        self.with_scales = first.momentum_dtype == torch.int8
         self.ops = ops.backend(self.device, first.fused)
         self.members: list[Member] = []
         self.local = Blocks()  # of parameters that are whole here
@@ -159,7 +160,8 @@ class Launch:
         return self._addresses == self._find_addresses()
 
     def _own_values(self) -> list[Tensor]:
-        return [state[key] for state in self.states for key in ("step", *FLOAT_STATE, *WHOLE_STATE) if key in state]
+        keys = ("step", *FLOAT_STATE, *WHOLE_STATE, SCALE)
+        return [state[key] for state in self.states for key in keys if key in state]
 
     def count(self, present: list[bool] | None) -> None:
         if present is None:
@@ -190,6 +192,7 @@ class Call:
             self.params, self.low = launch.locals_of([state["master"] for state in launch.states]), self.dense
         if launch.with_momentum:
             self.momentum = launch.locals_of([state["momentum"] for state in launch.states])
+        self.scales = [state[SCALE] for state in launch.states] if launch.with_scales else None
         self.hyper = launch.numbers.at(launch.steps)
         self.norms = launch.probe.begin(launch) if launch.probe else None
 
@@ -211,6 +214,11 @@ class Call:
             return grads
         some, empty = iter(grads), torch.empty(0, dtype=dtype, device=launch.device)
         return [next(some) if there else empty for there in self.present]
+
+    @property
+    def _last(self) -> tuple[Any, ...]:
+        """The last arguments of what updates."""
+        return self.hyper, self.launch.names, self.norms, self.scales
 
     def absent(self) -> list[int]:
         """The places of the flags of parameters that have no gradient on this rank."""
@@ -245,11 +253,11 @@ class Call:
         launch, changed = self.launch, (self.params, self.grads, self.momentum, self.low)
         if launch.local:
             blocks = launch.local.table(present)
-            launch.ops.step_(*changed, launch.state, self.local_work, blocks, self.hyper, launch.names, self.norms)
+            launch.ops.step_(*changed, launch.state, self.local_work, blocks, *self._last)
         if launch.twice:
             blocks = launch.twice.table(present)
             launch.ops.slots_(launch.state, self.kept_work, blocks, self.hyper, launch.names)
-            launch.ops.update_(*changed, self.kept_work, blocks, self.hyper, launch.names, self.norms)
+            launch.ops.update_(*changed, self.kept_work, blocks, *self._last)
 
     def join(self, work: Tensor) -> None:
         """Parameters that only other ranks have a gradient for are stepped with zeros: all ranks stay together.
@@ -286,7 +294,7 @@ class Call:
                 leg.cut_columns.mend(work, self.launch.state)
             launch, blocks = self.launch, leg.shared.table(self.present)
             changed = (self.params, self.grads, self.momentum, self.low)
-            launch.ops.update_(*changed, work, blocks, self.hyper, launch.names, self.norms)
+            launch.ops.update_(*changed, work, blocks, *self._last)
 
     def _slots(self, blocks: Blocks, work: Tensor) -> None:
         if blocks:

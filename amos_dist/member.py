@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import settings
+from . import runs, settings
 from .sharding import Layout, Original, dtensor
 from .state import FLOAT_STATE, State, compute_dtype, kept_dims, state_sizes, whole_shapes
 
@@ -157,7 +157,47 @@ def make_state(member: Member, state: State, original: Original | None, kinds: d
             )
         if fault := misplaced(whole[key], key, tensor, member.name, kept.get(key, range(tensor.dim()))):
             return fault
-        dtype = member.momentum_dtype if key == "momentum" else compute
+        dtype = compute
+        if key == "momentum" and member.momentum_dtype is not None:
+            eight_bits = torch.int8 in (member.momentum_dtype, whole[key].dtype)
+            dtype = whole[key].dtype if eight_bits else member.momentum_dtype
         whole[key] = whole[key].to(tensor.device, dtype).contiguous()  # the model may have been moved since
+    if fault := _fit_eight_bits(member, whole):
+        return fault
+    state.clear()
     state.update(whole)
+    return ""
+
+
+def _fit_eight_bits(member: Member, state: State) -> str:
+    """Momentum from and to 8 bits, in place: new, loaded (always float32) or of another `momentum_dtype` until now.
+
+    Under ZeRO it becomes a row: DeepSpeed would show a vector of a partition's length as if it were the numbers.
+
+    Returns:
+        What is wrong with the scales that are there, or nothing.
+    """
+    if member.momentum_dtype is None or "momentum" not in state:
+        return ""
+    tensor, pieces, scale = member.tensor, member.layout.pieces, state.get("momentum_scale")
+    held = dtensor.local_of(state["momentum"])
+    if scale is not None and scale.numel() != runs.scale_count(pieces):
+        return (
+            f"the state 'momentum_scale' of {member.name!r} has {scale.numel()} entries, "
+            f"expected {runs.scale_count(pieces)}. Load what Amos.state_dict() returned, or clear the state."
+        )
+    if member.momentum_dtype == torch.int8:
+        if scale is None and held.dtype == torch.int8:  # new, all zeros
+            scale = torch.zeros(runs.scale_count(pieces), device=tensor.device)
+        elif scale is None:
+            held, scale = runs.narrowed(held, pieces)
+        state["momentum_scale"] = scale.to(tensor.device, torch.float32).contiguous()
+        held = held.view(1, -1) if member.layout.is_partition else held
+    elif scale is not None:
+        held = runs.widened(held, scale.to(tensor.device), pieces).to(member.momentum_dtype)
+        held = held.view(dtensor.local_of(tensor).shape)
+        del state["momentum_scale"]
+    if held is not dtensor.local_of(state["momentum"]):
+        is_placed = dtensor.is_dtensor(tensor)
+        state["momentum"] = dtensor.like(tensor, held, range(tensor.dim())) if is_placed else held
     return ""

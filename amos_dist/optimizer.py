@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import amp, checkpoint, nonfinite, settings
+from . import amp, checkpoint, nonfinite, runs, settings
 from . import rules as module_rules
 from .loading import in_own_terms, refuse_damaged, refuse_other_model, refuse_other_views, refuse_state_dict
 from .member import Member, is_lost, make_state, member_of
@@ -62,7 +62,10 @@ class Amos(Optimizer):
         eps: floor of the second moment.
         decay_init: b of state that is made new, for weights that are trained already: see `decay_after`. A state that
             is loaded has its own.
-        momentum_dtype: "float32" (default) or "bfloat16"; float64 parameters have float64.
+        momentum_dtype: "float32" (default), "bfloat16" or "int8"; float64 parameters have float64. "int8": whole
+            multiples of a scale for each run of 256 elements, rounded up or down by chance, by `seed`: 1.016 bytes for
+            an element. Runs begin anew where a rank's part of a parameter begins, so what is cut differs from the whole
+            by a multiple of the scale here and there; cut alike, every run gives the same bits.
         maximize: go up instead of down.
         foreach: True asks for plain torch.
         fused: None: the native kernels where they are built; True insists, False asks for plain torch.
@@ -72,8 +75,8 @@ class Amos(Optimizer):
             itself gets the rounded numbers in the same pass. Weights that are loaded later reach the master too.
         stochastic_rounding: bfloat16 parameters (without a master) are rounded up or down by chance, so that small
             steps are not lost.
-        seed: of that; below 2**31. The same seed gives the same numbers in every run, at every step, on every rank and
-            device.
+        seed: of that, and of momentum in 8 bits; below 2**31. The same seed gives the same numbers in every run, at
+            every step, on every rank and device.
         on_nonfinite: where a gradient is NaN or infinite (or so large that its squares are): "skip": no parameter is
             stepped on any rank, and `skipped_steps` counts it. "raise": an error, on every rank; nothing has changed.
             "ignore": it goes where the formulas take it, but "row" and "full" moments then read the gradient once, not
@@ -83,7 +86,8 @@ class Amos(Optimizer):
     State for each parameter: `step` (0-d float32), `decay`, `momentum` (with momentum), `master` (with master_weights),
     and `row_moment` and `column_moment`, or one of them, or `moment` ("scalar", "full"); keepdim shapes, float32
     (float64 for float64). Of a DTensor all but `step` are DTensors, made when the optimizer is built, and cut as it is:
-    mesh dimensions that cut rows replicate what columns have, and the other way round.
+    mesh dimensions that cut rows replicate what columns have, and the other way round. An int8 `momentum` has
+    `momentum_scale` beside it, a plain vector: the scales of what this rank holds.
 
     Raises:
         TypeError, ValueError: an unknown keyword, a value out of range, a rule that matches nothing.
@@ -377,6 +381,7 @@ class Amos(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's; the small tensors are copies, because the optimizer's own are views of one buffer.
 
+        Momentum of 8 bits is in it as float32, so that it fits any layout: the very numbers, which loading takes back.
         State that was made while the model was on the meta device has its place and its zeros by now. Under ZeRO every
         rank must call this, and the state can be loaded on another number of ranks: see checkpoint.py.
 
@@ -389,6 +394,11 @@ class Amos(Optimizer):
 
         def own(_: Optimizer, found: dict[str, Any]) -> None:  # before the user's hooks, which may put it all elsewhere
             found["state"] = {number: own_memory(state) for number, state in found["state"].items()}
+            places = [(i, tensor, group) for group in self.param_groups for i, tensor in enumerate(group["params"])]
+            for number, (index, tensor, group) in enumerate(places):
+                if runs.is_narrow(found["state"].get(number, {})):
+                    pieces = self._layout(index, tensor, group).pieces
+                    found["state"][number] = runs.in_float32(found["state"][number], tensor, pieces)
             if partitions:
                 checkpoint.save(found, partitions, self.state, self._groups, self._originals, self._kinds)
 

@@ -143,6 +143,7 @@ def constants_of(
             f"sigma={setting('sigma')!r} of {original.name!r} was set after the optimizer was built, which has "
             "measured none. Give a number, or build a new optimizer."
         )
+    seed = seed_of_parameter(setting("seed"), original.key)
     return Constants(
         lr_factor,
         [
@@ -157,7 +158,7 @@ def constants_of(
             float(setting("d_coef")),
             float(setting("eps")),
             -1.0 if setting("maximize") else 1.0,
-            float(seed_of_parameter(setting("seed"), original.key)) if setting("stochastic_rounding") else -1.0,
+            float(seed if setting("stochastic_rounding") else -1 - seed),
         ],
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import amp, roll_call
 from .kernel_calls import Call, ConstantsOf, Launch
 from .member import Member
+from .runs import run_count
 from .sharding import Block, Holders, Piece, Tile, disagreement
 from .state import State, compute_dtype, has_columns, has_rows, state_sizes
 from .tables import CODES, Blocks
@@ -76,12 +77,14 @@ class _Bucket:
         launch.places.append(
             {"row_moment": row_state, "moment": row_state, "column_moment": column_state, "decay": decay_state}
         )
+        run = 0
         for piece in member.layout.pieces:
             launch.rows.append((piece.key, number))
             state = row_state, column_state, decay_state
             for i, block in enumerate(piece.blocks()):
                 finished = piece.touched_cols if i == 0 and piece.share is None else 0
-                self._add_block(launch, number, piece, block, state, finished)
+                self._add_block(launch, number, piece, block, state, finished, run)
+                run += run_count(block.rows * block.cols)
             if isinstance(piece, Tile):
                 self._add_tile(launch, number, piece, state)
             elif piece.share is not None and has_columns(self.kinds[piece.key]):
@@ -92,7 +95,14 @@ class _Bucket:
             decay_state += sizes["decay"]
 
     def _add_block(
-        self, launch: Launch, number: int, piece: Piece | Tile, block: Block, state: tuple[int, int, int], columns: int
+        self,
+        launch: Launch,
+        number: int,
+        piece: Piece | Tile,
+        block: Block,
+        state: tuple[int, int, int],
+        columns: int,
+        run: int,
     ) -> None:
         kind = self.kinds[piece.key]
         columns = columns if has_columns(kind) else 0
@@ -102,11 +112,12 @@ class _Bucket:
             if cut_row is not None or cut_columns is not None:
                 row_work = wave.space.take(block.rows) if has_rows(kind) and cut_row is None else cut_row or 0
                 shared, work = launch.leg(wave.travel).shared, (row_work, cut_columns or 0, columns)
-                self._write(shared, launch, number, piece, block, state, work)
+                self._write(shared, launch, number, piece, block, state, work, run)
                 return
         if launch.checked and (kind in ("factored", "column") or block.rows == 1):
             rows = self._kept.take(block.rows if has_rows(kind) else 0)
-            self._write(launch.twice, launch, number, piece, block, state, (rows, self._kept.take(columns), columns))
+            work = rows, self._kept.take(columns), columns
+            self._write(launch.twice, launch, number, piece, block, state, work, run)
             return
         if launch.checked:  # `row`, `full`: all squares as those of one row
             look = Block(block.offset, piece.first_row, 0, 1, block.rows * block.cols)
@@ -116,7 +127,7 @@ class _Bucket:
         # `row` moments stay on chip, but for a row that is too long for one thread
         rows = block.rows if kind == "factored" or block.rows == 1 or self.device.type != "cpu" else 0
         work = self._local.take(rows if has_rows(kind) else 0), self._local.take(columns), columns
-        self._write(launch.local, launch, number, piece, block, state, work)
+        self._write(launch.local, launch, number, piece, block, state, work, run)
 
     def _add_tile(self, launch: Launch, number: int, tile: Tile, state: tuple[int, int, int]) -> None:
         """What only tiles have: a mean of more columns than are here; state of rows or columns without elements."""
@@ -166,8 +177,13 @@ class _Bucket:
         block: Block,
         state: tuple[int, int, int],
         work: tuple[int, int, int],
+        run: int = 0,
     ) -> None:
-        """A row of the table. state: of rows, columns, decay; work: of rows, columns, and how many columns."""
+        """A row of the table. state: of rows, columns, decay; work: of rows, columns, and how many columns.
+
+        Args:
+            run: the number of the first of the block's runs in the tensor: see runs.py.
+        """
         kind = self.kinds[piece.key]
         below = block.row - piece.first_row if has_rows(kind) else 0
         blocks.fields.append(
@@ -188,6 +204,7 @@ class _Bucket:
                 work[2] if has_columns(kind) else 0,
                 len(launch.rows) - 1,
                 piece.start + block.offset,
+                run,
             ]
         )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 MOMENTS = ("factored", "row", "column", "scalar", "full")
+RUN = 256  # elements that share the scale of an int8 momentum; csrc/block.h: kRun
 
 
 def matrix_view(shape: torch.Size | tuple[int, ...], row_dims: int) -> tuple[int, int]:
@@ -86,6 +87,12 @@ def _mixed(x: Any, salt: int) -> Any:
     return x ^ (x >> 15)
 
 
+def _random(index: Tensor, seed: int, t: int) -> Tensor:
+    """32 random bits for each element; the arguments are those of `stochastic_bfloat16`."""
+    key = _mixed(seed, t)
+    return _mixed((index & 0xFFFFFFFF) ^ ((key + (index >> 32) * 0x9E3779B1) & 0xFFFFFFFF), _mixed(key, 0x9E3779B9))
+
+
 def stochastic_bfloat16(values: Tensor, index: Tensor, seed: int, t: int) -> Tensor:
     """Rounds to one of the two nearest bfloat16s, up with a probability of the part that is cut off.
 
@@ -93,12 +100,52 @@ def stochastic_bfloat16(values: Tensor, index: Tensor, seed: int, t: int) -> Ten
         values: float32. index: int64, of the same shape: each element's number in its parameter, row-major.
         seed: of the parameter, below 2**32. t: the step. The same three give the same numbers everywhere.
     """
-    key = _mixed(seed, t)
-    random = _mixed((index & 0xFFFFFFFF) ^ ((key + (index >> 32) * 0x9E3779B1) & 0xFFFFFFFF), _mixed(key, 0x9E3779B9))
     bits = values.contiguous().view(torch.int32).long() & 0xFFFFFFFF
-    rounded = (bits + (random >> 16)) >> 16 & 0xFFFF
+    rounded = (bits + (_random(index, seed, t) >> 16)) >> 16 & 0xFFFF
     result = ((rounded ^ 0x8000) - 0x8000).to(torch.int16).view(torch.bfloat16)
     return torch.where(values.isnan(), torch.full_like(result, math.nan), result)
+
+
+def stochastic_int8(values: Tensor, index: Tensor, seed: int, t: int) -> tuple[Tensor, Tensor]:
+    """Rounds each run of 256 numbers to whole multiples of a scale, up or down by chance; all others are as above.
+
+    To nearest would not do: a momentum mu m + (1 - mu) s that is kept so never leaves 0 for a step s of less than half
+    a multiple over 1 - mu, which is 4 % of the largest in its run at mu = 0.9.
+
+    Args:
+        values: float32, a vector: the elements of one block.
+
+    Returns:
+        int8, of the same shape; and a scale for each run, of 16 bits, so that its product with an int8 is exact. The
+        largest of a run is 127 or -127; one below 2**-100 counts as 0, and a run that is not finite becomes NaN.
+    """
+    runs = torch.nn.functional.pad(values, (0, -len(values) % RUN)).view(-1, RUN)
+    bits = runs.view(torch.int32) & 0x7FFFFFFF
+    largest = bits.amax(1) if len(bits) else bits.new_zeros(0)
+    tiny, infinite = largest < 27 << 23, largest >= 0x7F800000
+    # Of 16 bits, and a little less than a 127th, so that the largest is not rounded below 127.
+    scale = ((largest.view(torch.float32) * (1 / 127)).view(torch.int32) - 16 & -256).view(torch.float32)
+    inverse = torch.where(tiny | infinite, 0, 1 / scale)
+    scale = torch.where(infinite, math.nan, torch.where(tiny, 0, scale))
+    chance = ((_random(index, seed, t) & 0xFFFF) + 2**23).to(torch.float32) * 2**-16  # 128 to 129
+    level = values * inverse.repeat_interleave(RUN)[: len(values)] + chance
+    level = torch.where(level >= 1, level, 1).clamp(max=255)  # a NaN is 1
+    return (level.to(torch.int32) - 128).to(torch.int8), scale
+
+
+def nearest_int8(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The same to nearest, for numbers that are loaded. Those that `widened_int8` gave are kept as they were."""
+    runs = torch.nn.functional.pad(values, (0, -len(values) % RUN)).view(-1, RUN)
+    largest = runs.abs().amax(1) if len(runs) else runs.new_zeros(0)
+    scale = ((largest / 127).view(torch.int32) + 128 & -256).view(torch.float32)
+    scale = torch.where(largest.isfinite(), torch.where(largest < 2**-100, 0, scale), math.nan)
+    level = (runs / scale.unsqueeze(1)).nan_to_num(0, 0, 0).round().clamp(-127, 127)
+    return level.to(torch.int8).view(-1)[: len(values)], scale
+
+
+def widened_int8(values: Tensor, scale: Tensor) -> Tensor:
+    """What `stochastic_int8` and `nearest_int8` gave, in float32: exactly, for 8 and 16 bits make 23."""
+    return values * scale.repeat_interleave(RUN)[: len(values)]
 
 
 def _measured(param: Tensor, row_dims: int, sigma: str) -> float:
@@ -149,6 +196,7 @@ def amos_step(
         extra_l2: inside the d factor.
         foreach: this, `fused` and `capturable` say how class Amos computes; nothing here.
         master_weights: keeps a bfloat16 or float16 parameter in float32 too, as `state["master"]`.
+        momentum_dtype: torch.int8 has `momentum_scale` beside it, of float32: see `stochastic_int8`.
         stochastic_rounding: of a bfloat16 parameter without a master.
         seed: the parameter's own, below 2**32.
     """
@@ -156,6 +204,7 @@ def amos_step(
         sigma = float(state.setdefault("sigma", _measured(param, row_dims, sigma)))
     kind = effective_moments(param.shape, moments, row_dims)
     compute = torch.float64 if param.dtype == torch.float64 else torch.float32
+    index = torch.arange(param.numel(), device=param.device)
     with_master = master_weights and param.dtype in (torch.bfloat16, torch.float16)
     if with_master:
         state.setdefault("master", param.detach().float())
@@ -201,15 +250,20 @@ def amos_step(
     signed = -g if maximize else g
     delta = scale * inv_v.sqrt() * signed + B * theta
     if momentum:
-        stored = momentum_dtype or compute
-        m = state.get("momentum", torch.zeros_like(theta, dtype=stored)).to(compute)
-        delta = momentum * m + (1 - momentum) * delta
-        state["momentum"] = delta.to(stored)
+        stored = compute if compute == torch.float64 else momentum_dtype or compute
+        m = state.get("momentum", torch.zeros_like(theta, dtype=stored))
+        if stored == torch.int8 and "momentum_scale" in state:
+            m = widened_int8(m.view(-1), state["momentum_scale"]).view(m.shape)
+        delta = momentum * m.to(compute) + (1 - momentum) * delta
+        if stored == torch.int8:
+            rounded, state["momentum_scale"] = stochastic_int8(delta.reshape(-1), index, seed, step)
+            state["momentum"] = rounded.view(delta.shape)
+        else:
+            state["momentum"] = delta.to(stored)
     theta = theta - delta
     if with_master:
         state["master"] = theta
     elif stochastic_rounding and param.dtype == torch.bfloat16:
-        index = torch.arange(theta.numel(), device=theta.device).view(theta.shape)
-        theta = stochastic_bfloat16(theta, index, seed, step)
+        theta = stochastic_bfloat16(theta, index.view(theta.shape), seed, step)
     param.detach().copy_(theta)
     return param

@@ -121,8 +121,10 @@ def check(values: Mapping[str, Any], name: str | None = None) -> None:
 def momentum_dtype(value: Any, where: str = "") -> torch.dtype | None:
     """The dtype that `momentum_dtype` names: a torch dtype, its name (for JSON), or None for the compute dtype."""
     dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
-    if dtype not in (None, torch.float32, torch.bfloat16) or (value is not None and dtype is None):
-        raise ValueError(f"momentum_dtype={value!r}{where} is not supported. Use 'float32', 'bfloat16' or null.")
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.int8) or (value is not None and dtype is None):
+        raise ValueError(
+            f"momentum_dtype={value!r}{where} is not supported. Use 'float32', 'bfloat16', 'int8' or null."
+        )
     return dtype
 
 

@@ -13,6 +13,7 @@ from .sharding import Piece, Tile, dtensor
 State = dict[str, Any]
 FLOAT_STATE = ("row_moment", "column_moment", "moment", "decay")
 WHOLE_STATE = ("momentum", "master")  # of the parameter's own shape
+SCALE = "momentum_scale"  # of a momentum in 8 bits; never in a state_dict, where momentum is float32: see runs.py
 
 
 def has_rows(kind: str) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 CODES = {"row": 0, "scalar": 0, "full": 0, "column": 1, "factored": 2}  # csrc/block.h: enum Moments
-BLOCK_FIELDS = 16
+BLOCK_FIELDS = 17
 HYPER_FIELDS, LR, BETA, T = 12, 0, 2, 3
 
 
@@ -45,7 +45,7 @@ class Blocks:
         return len(self.fields)
 
     def table(self, present: list[bool] | None) -> Tensor:
-        """int64 [n, 16], of the tensors that are `present` (None: all of them)."""
+        """int64 [n, 17], of the tensors that are `present` (None: all of them)."""
         if self._table is None:
             self._table = torch.tensor(self.fields, dtype=torch.int64, device="cpu").view(-1, BLOCK_FIELDS)
         if present is None:

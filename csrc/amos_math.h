@@ -2,6 +2,7 @@
 // Tian & Parikh 2022 (arXiv 2210.11693), algorithm 1; letters as in docs/algorithm.md. T is float or double.
 #pragma once
 #include <math.h>  // not <cmath>: it puts the float overloads of sqrt in the global namespace
+#include <string.h>
 
 #include "block.h"
 
@@ -51,7 +52,7 @@ AMOS_FN Consts<T> make_consts(const Hyper& h) {
   k.momentum = T(h.momentum);
   k.one_minus_momentum = T(1.0 - h.momentum);
   k.stochastic = h.seed >= 0;
-  k.key = mixed(uint32_t(k.stochastic ? h.seed : 0), uint32_t(int64_t(h.t)));
+  k.key = mixed(uint32_t(k.stochastic ? h.seed : -1 - h.seed), uint32_t(int64_t(h.t)));
   k.salt = mixed(k.key, 0x9e3779b9u);
   return k;
 }
@@ -137,5 +138,40 @@ template <class T>
 AMOS_FN T next_momentum(T m, T step, const Consts<T>& k) {
   return k.momentum * m + k.one_minus_momentum * step;
 }
+
+// ---- momentum in 8 bits: m = q * scale, q from -127 to 127 --------------------------------------------------------
+
+struct RunScale {
+  float scale, inverse;
+};
+
+AMOS_FN float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+AMOS_FN uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// Of a run, from the bits of the largest |m| in it (as integers they are in the same order, with infinity and NaN at
+// the end). The scale has 16 bits, so that q * scale is exact, and is a little below a 127th, so that the largest is
+// not rounded below 127: then what was widened can be narrowed again, to the bit. A run below 2^-100 is zero; one that
+// is not finite becomes NaN.
+AMOS_FN RunScale run_scale(uint32_t largest) {
+  if (largest >= 0x7f800000u) return {float_of(0x7fc00000u), 0.0f};
+  if (largest < 27u << 23) return {0.0f, 0.0f};
+  const float scale = float_of((bits_of(float_of(largest) * float(1.0 / 127)) - 16u) & 0xffffff00u);
+  return {scale, 1.0f / scale};
+}
+
+// 128 + a number from 0 to 1 by chance, from bits that rounding to bfloat16 does not use. U as above.
+template <class U>
+AMOS_FN U chance_bits(U random) {
+  return (random & 0xffffu) + (1u << 23);
+}
+constexpr float kChanceUnit = 1.0f / 65536;
 
 }  // namespace amos

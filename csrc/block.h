@@ -4,15 +4,19 @@
 
 namespace amos {
 
-enum class Dtype : int32_t { f64 = 0, f32 = 1, bf16 = 2, f16 = 3 };
+enum class Dtype : int32_t { f64 = 0, f32 = 1, bf16 = 2, f16 = 3, i8 = 4 };
+
+// Momentum in 8 bits: so many elements of a block, one after another, share a scale, m = q * scale. The last run of a
+// block may be shorter.
+constexpr int64_t kRun = 256;
 
 // What one entry of the second moment is shared over. The other two kinds of the public interface are views:
 // "scalar" is `row` of a 1 x numel matrix, "full" is `row` of a numel x 1 matrix.
 enum class Moments : int32_t { row = 0, column = 1, factored = 2 };
 
 // One parameter's numbers for step t = 1, 2, ..., in double; docs/algorithm.md names them. lr is xi. clip is +inf where
-// nothing is clipped. grad_sign is -1 to maximize, else 1. seed: an integer below 2^32 rounds bfloat16 parameters
-// stochastically; -1 rounds to nearest.
+// nothing is clipped. grad_sign is -1 to maximize, else 1. seed: an integer s below 2^32 rounds bfloat16 parameters
+// stochastically; -1 - s rounds them to nearest. Momentum in 8 bits is rounded stochastically either way, by s.
 struct Hyper {
   double lr, sigma, beta, t, momentum, clip, extra_l2, c_coef, d_coef, eps, grad_sign, seed;
 };
@@ -40,6 +44,7 @@ struct Block {
   void* param;
   const void* grad;
   void* momentum;       // null: none
+  float* scale;         // of the momentum's first run; null: it is not in 8 bits
   void* low_param;      // what the new parameter is also written to, rounded to nearest; null: nowhere
   void* row_moment;     // of this block's first row; null for `column`
   void* column_moment;  // of the parameter's first column; null for `row`
@@ -61,7 +66,7 @@ struct Block {
 // follows from the shapes alone, in the compute type for some thousand elements at a time, then in double. All blocks
 // of a call ask for them or none does, and those that add to the same place follow each other.
 
-// The types of all blocks in one call. `momentum` may be the compute type or bf16. low_param has the type of the
+// The types of all blocks in one call. `momentum` may be the compute type, bf16 or i8. low_param has the type of the
 // gradient, which is bf16 or f16 then, and the parameter is f32.
 struct Types {
   Dtype param, grad, momentum;

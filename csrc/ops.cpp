@@ -6,10 +6,12 @@
 //       momentum and low_param may be empty lists.
 //   state: one vector with the second moments and decays of all tensors, in the compute type.
 //   work: 3 x n, see block.h.
-//   blocks: int64 [blocks, 16], on the CPU; the fields of a row are those of read_block below.
+//   blocks: int64 [blocks, 17], on the CPU; the fields of a row are those of read_block below.
 //   hyper: float64 [parameters, 12], see block.h; on the CPU, or, so that a CUDA graph can change it, on the device.
 //   norms: float64 [parameters, 2], a row for each of hyper's, on the device of the workspace: see block.h; may be left
 //       out.
+//   scale: float32, one vector for each tensor whose momentum is int8: a number for each run of kRun elements of each
+//       of its blocks, see block.h; else left out.
 //   names: uint8, on the CPU: UTF-8, one line for each tensor, for messages. Not a string: torch's stable ABI (2.13)
 //       leaks each that it hands over.
 #include <Python.h>
@@ -33,7 +35,7 @@ using Tensors = std::vector<Tensor>;
 namespace amos {
 namespace {
 
-constexpr int64_t kBlockFields = 16;
+constexpr int64_t kBlockFields = 17;
 
 const char* type_name(ScalarType t) {
   switch (t) {
@@ -47,6 +49,8 @@ const char* type_name(ScalarType t) {
       return "float16";
     case ScalarType::Long:
       return "int64";
+    case ScalarType::Char:
+      return "int8";
     default:
       return "another dtype";
   }
@@ -92,11 +96,12 @@ Dtype dtype_of(const Tensor& t, const char* list, int64_t index, std::string_vie
   }
 }
 
-int64_t size_of(Dtype type) { return type == Dtype::f64 ? 8 : type == Dtype::f32 ? 4 : 2; }
+int64_t size_of(Dtype type) { return type == Dtype::f64 ? 8 : type == Dtype::f32 ? 4 : type == Dtype::i8 ? 1 : 2; }
 
 struct Lists {
   const Tensors *param = nullptr, *grad = nullptr, *momentum = nullptr, *low_param = nullptr;
   const Tensor *state = nullptr, *norms = nullptr;
+  const Tensors* scale = nullptr;
 };
 
 struct Call {
@@ -169,12 +174,15 @@ Types read_types(const Lists& lists, size_t count, const Tensor& work, std::stri
   }
   if (given(lists.momentum)) {
     const ScalarType type = (*lists.momentum)[0].scalar_type();
-    types.momentum = dtype_of((*lists.momentum)[0], "momentum", 0, names);
-    STD_TORCH_CHECK(type == compute || (type == ScalarType::BFloat16 && compute == ScalarType::Float),
-                    called("momentum", 0, names), ": expected ", type_name(compute),
-                    " or, with float32, bfloat16, got ", type_name(type));
+    const bool narrow = type == ScalarType::BFloat16 || type == ScalarType::Char;
+    STD_TORCH_CHECK(type == compute || (narrow && compute == ScalarType::Float), called("momentum", 0, names),
+                    ": expected ", type_name(compute), " or, with float32, bfloat16 or int8, got ", type_name(type));
+    types.momentum = type == ScalarType::Char ? Dtype::i8 : dtype_of((*lists.momentum)[0], "momentum", 0, names);
     check(lists.momentum, "momentum", count, type, work, names);
   }
+  STD_TORCH_CHECK(given(lists.scale) == (types.momentum == Dtype::i8), "scale: expected ",
+                  types.momentum == Dtype::i8 ? count : 0, " tensors, got ", lists.scale ? lists.scale->size() : 0);
+  check(lists.scale, "scale", count, ScalarType::Float, work, names);
   if (given(lists.low_param)) {
     const ScalarType type = given(lists.grad) ? (*lists.grad)[0].scalar_type() : compute;
     STD_TORCH_CHECK(types.param == Dtype::f32 && (types.grad == Dtype::bf16 || types.grad == Dtype::f16),
@@ -210,6 +218,8 @@ Block read_block(const int64_t* f, int64_t i, const Lists& lists, size_t count, 
   b.param = at(lists.param, tensor, offset, rows * cols, types.param, "param", names);
   b.grad = at(lists.grad, tensor, offset, rows * cols, types.grad, "grad", names);
   b.momentum = at(lists.momentum, tensor, offset, rows * cols, types.momentum, "momentum", names);
+  b.scale = reinterpret_cast<float*>(
+      at(lists.scale, tensor, f[16], rows * cols / kRun + (rows * cols % kRun > 0), Dtype::f32, "scale", names));
   b.low_param = at(lists.low_param, tensor, offset, rows * cols, types.grad, "low_param", names);
   if (lists.state) {
     if (has_rows) b.row_moment = state_at(*lists.state, f[7], rows, i);
@@ -320,16 +330,18 @@ void run_cuda(CudaPhase phase, const Call& call) {
   }                                                                                                                \
   void update_##NAME(const Tensors& param, const Tensors& grad, const Tensors& momentum, const Tensors& low_param, \
                      const Tensor& work, const Tensor& blocks, const Tensor& hyper, const Tensor& names,           \
-                     const std::optional<Tensor>& norms) {                                                         \
-    const Lists lists{&param, &grad, &momentum, &low_param, nullptr, norms ? &*norms : nullptr};                   \
+                     const std::optional<Tensor>& norms, const std::optional<Tensors>& scale) {                    \
+    const Lists lists{                                                                                             \
+        &param, &grad, &momentum, &low_param, nullptr, norms ? &*norms : nullptr, scale ? &*scale : nullptr};      \
     const Call call = read(lists, work, blocks, hyper, text_of(names));                                            \
     expect_row_work(call);                                                                                         \
     RUN(&SPACE::update, call);                                                                                     \
   }                                                                                                                \
   void step_##NAME(const Tensors& param, const Tensors& grad, const Tensors& momentum, const Tensors& low_param,   \
                    const Tensor& state, const Tensor& work, const Tensor& blocks, const Tensor& hyper,             \
-                   const Tensor& names, const std::optional<Tensor>& norms) {                                      \
-    const Lists lists{&param, &grad, &momentum, &low_param, &state, norms ? &*norms : nullptr};                    \
+                   const Tensor& names, const std::optional<Tensor>& norms, const std::optional<Tensors>& scale) { \
+    const Lists lists{                                                                                             \
+        &param, &grad, &momentum, &low_param, &state, norms ? &*norms : nullptr, scale ? &*scale : nullptr};       \
     const Call call = read(lists, work, blocks, hyper, text_of(names));                                            \
     expect_whole(call);                                                                                            \
     RUN(&SPACE::step, call);                                                                                       \
@@ -348,10 +360,11 @@ STABLE_TORCH_LIBRARY(amos_dist, m) {
   m.def("slots_(Tensor(a!) state, Tensor(b!) work, Tensor blocks, Tensor hyper, Tensor names) -> ()");
   m.def(
       "update_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum, Tensor(c!)[] low_param, Tensor work, "
-      "Tensor blocks, Tensor hyper, Tensor names, Tensor(d!)? norms=None) -> ()");
+      "Tensor blocks, Tensor hyper, Tensor names, Tensor(d!)? norms=None, Tensor(e!)[]? scale=None) -> ()");
   m.def(
       "step_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum, Tensor(c!)[] low_param, Tensor(d!) state, "
-      "Tensor(e!) work, Tensor blocks, Tensor hyper, Tensor names, Tensor(f!)? norms=None) -> ()");
+      "Tensor(e!) work, Tensor blocks, Tensor hyper, Tensor names, Tensor(f!)? norms=None, "
+      "Tensor(g!)[]? scale=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(amos_dist, CPU, m) {

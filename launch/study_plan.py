@@ -139,6 +139,7 @@ ENTRIES = {
         variant("beta999_warmup", "β 0.999, warm-up of 15 %", "all", 0, beta=0.999, warmup=0.15),
         variant("plain", "no momentum, untuned", momentum=0.0),
         variant("bf16", "bf16 momentum", momentum_dtype="bfloat16"),
+        variant("int8", "8-bit momentum", momentum_dtype="int8"),
         variant("noclip", "gradients not clipped", clip=None),
         variant("direction", "momentum of the direction", optimizer="amos_variant", momentum_of="direction"),
         variant("rms", "the same, RMS clipped to 1", optimizer="amos_variant", momentum_of="direction", rms_clip=1.0),

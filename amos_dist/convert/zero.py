@@ -188,6 +188,8 @@ def _names_by_group(shapes: list[dict[str, Any]], groups: list[dict[str, Any]], 
 
 def _narrowed(plane: Tensor, dtype: torch.dtype | None) -> Tensor:
     """In the dtype that momentum had, where that loses nothing: DeepSpeed makes float32 of a plane that it loads."""
+    if dtype == torch.int8:
+        return plane  # checkpoints have it in float32
     narrow = plane.to(dtype or plane.dtype)
     return narrow if torch.equal(narrow.to(plane.dtype), plane) else plane
 

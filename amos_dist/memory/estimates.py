@@ -21,6 +21,7 @@ AMOS: dict[str, torch.dtype | None] = {  # by the dtype of its momentum
     "amos": None,
     "amos-momentum": torch.float32,
     "amos-momentum-bf16": torch.bfloat16,
+    "amos-momentum-int8": torch.int8,
 }
 OPTIMIZERS = (*AMOS, *KEEPERS)
 

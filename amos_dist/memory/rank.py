@@ -127,7 +127,8 @@ class _Engine:
             config["bf16" if setting.dtype == torch.bfloat16 else "fp16"] = {"enabled": True}
         given = {}
         if optimizer in AMOS:
-            momentum = {"momentum_dtype": "bfloat16"} if AMOS[optimizer] == torch.bfloat16 else {}
+            dtype = AMOS[optimizer]
+            momentum = {} if dtype is None else {"momentum_dtype": str(dtype).removeprefix("torch.")}
             config["optimizer"] = {"type": "Amos", "params": _amos_keywords(optimizer, setting) | momentum}
         else:
             make = KEEPERS[optimizer].make

@@ -17,7 +17,7 @@ from .keepers import DOCUMENTED, KEEPERS
 
 CLOSE = 0.02  # how far measured may be from computed
 SMALL = 2_000_000  # bytes: libraries take some for themselves
-FIRST = ("momentum", "exp_avg", "momentum_buffer", "state1")  # first moments, as optimizers call them
+FIRST = ("momentum", "momentum_scale", "exp_avg", "momentum_buffer", "state1")  # first moments, as optimizers call them
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:

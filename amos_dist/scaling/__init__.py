@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--zero", default="2,3", metavar="STAGE,...", help="DeepSpeed's stages, of 1, 2, 3 (%(default)s)")
     add("--moments", default="factored,row", metavar="KIND,...", help=f"of {', '.join(MOMENTS)} (%(default)s)")
     add("--momentum", type=float, default=0.0, help="above 0: with its buffer (%(default)s)")
-    add("--momentum-dtype", default="float32", help="float32 or bfloat16 (%(default)s)")
+    add("--momentum-dtype", default="float32", help="float32, bfloat16 or int8 (%(default)s)")
     add("--dtype", default="bfloat16", help=f"of parameters and gradients: {', '.join(DTYPES)} (%(default)s)")
     add("--sub-group-size", type=int, default=10**9, metavar="N", help="DeepSpeed's, of stage 3 (%(default)s)")
     add("--bandwidth", default=DEFAULT, metavar="NAME[:RANKS]=RATE[@LATENCY],...", help="of a rank (%(default)s)")

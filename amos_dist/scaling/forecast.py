@@ -12,10 +12,11 @@ from ..member import Member
 from ..models import Parameter
 from ..originals import describe
 from ..plan import Plan
+from ..runs import scale_count
 from ..settings import DEFAULTS
 from ..sharding import Layout, Original
-from ..state import has_rows, state_sizes
-from .layout import Flat, entries_of_all, partitions
+from ..state import SCALE, has_rows, state_sizes
+from .layout import Flat, entries_of_all, partitions, runs_of_all
 from .links import sent_by_all_reduce, sent_by_half_ring
 
 NUMBER = 4  # bytes of a float32: sums, moments, decay, `step`; ZeRO's partitions are float32 whatever the model is
@@ -136,6 +137,8 @@ def forecast(model: Model, setting: Setting) -> Forecast:
     flats = model.partitions(setting)
     entries = entries_of_all(flats, setting.ranks)
     each = torch.stack(list(entries.values())).sum(0)
+    if setting.momentum == torch.int8:
+        each += runs_of_all(flats, setting.ranks)
     alike = sum(_alike(flats, setting.momentum).values())
     parameters = sum(original.numel for original in model.originals)
     gradients = parameters * setting.dtype.itemsize
@@ -174,12 +177,13 @@ def forecast_of_rank(model: Model, setting: Setting, rank: int) -> RankForecast:
     plans = [_plan(flat.numel, layout, model.kinds) for flat, layout in zip(flats, layouts, strict=True)]
     waves = [[wave for bucket in plan.buckets for wave in bucket.waves] for plan in plans]
     names = [original.name for original in model.originals]
+    scales = {SCALE: NUMBER * scale_count(pieces)} if setting.momentum == torch.int8 else {}
     first, last = (pieces[0], pieces[-1]) if pieces else (None, None)
     return RankForecast(
         rank,
         sum(flat.numel for flat in flats),
         len(pieces),
-        {key: NUMBER * count for key, count in entries.items()} | _alike(flats, setting.momentum),
+        {key: NUMBER * count for key, count in entries.items()} | scales | _alike(flats, setting.momentum),
         sum(tensor.nbytes for plan in plans for bucket in plan.buckets for tensor in bucket.staying),
         [[(kind, NUMBER * count) for wave in some for kind, count in wave.moves] for some in waves],
         shared_rows,

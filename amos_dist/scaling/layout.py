@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..runs import run_count
 from ..sharding import Cut, Layout, Original, Piece
 from ..state import has_columns, has_rows
 
@@ -57,6 +58,11 @@ class Spread(NamedTuple):
         end = self.first + (rank - self.owner) * self.share
         start = max(0, end - self.share) if rank > self.owner else 0
         return start, min(end, self.numel) - start
+
+    def ranges(self) -> tuple[Tensor, Tensor]:
+        """Of each holder the element that it begins with, and the one behind its last."""
+        ends = (self.first + self.share * torch.arange(len(self.holders))).clamp_(max=self.numel)
+        return torch.cat([ends.new_zeros(1), ends[:-1]]), ends
 
     @property
     def borders_inside_rows(self) -> int:
@@ -174,8 +180,7 @@ def entries_of_all(flats: Sequence[Flat], ranks: int) -> dict[str, Tensor]:
     for spread, times in same.items():
         holders = slice(spread.holders.start, spread.holders.stop)
         if has_rows(spread.kind):
-            ends = (spread.first + spread.share * torch.arange(len(spread.holders))).clamp_(max=spread.numel)
-            starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+            starts, ends = spread.ranges()
             rows[holders] += times * ((ends + spread.cols - 1) // spread.cols - starts // spread.cols)
         if has_columns(spread.kind):
             cut, mine = spread.cut(0), torch.zeros(ranks, dtype=torch.int64)
@@ -188,3 +193,16 @@ def entries_of_all(flats: Sequence[Flat], ranks: int) -> dict[str, Tensor]:
             if not has_rows(spread.kind):
                 alone += times * mine
     return dict(zip(STATE, (rows, columns, rows + alone), strict=True))
+
+
+def runs_of_all(flats: Sequence[Flat], ranks: int) -> Tensor:
+    """For every rank how many scales a momentum in 8 bits has: int64 [ranks]. As runs.scale_count of its pieces."""
+    found = torch.zeros(ranks, dtype=torch.int64)
+    for spread, times in Counter(itertools.chain.from_iterable(flat.spreads for flat in flats)).items():
+        starts, ends = spread.ranges()
+        of_first_row = torch.minimum(-starts % spread.cols, ends - starts)  # elements before whole rows
+        rest = ends - starts - of_first_row
+        of_last_row = rest % spread.cols
+        runs = sum(run_count(size) for size in (of_first_row, rest - of_last_row, of_last_row))
+        found[spread.holders.start : spread.holders.stop] += times * runs
+    return found

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..state import SCALE
 from .forecast import Forecast, RankForecast, as_json
 from .links import Link, all_reduce, half_ring, to_few
 
@@ -34,7 +35,7 @@ def tables(found: Sequence[Forecast], links: Sequence[Link]) -> str:
         "rows": lambda one: sized(one.most.state["row_moment"]),
         "columns": lambda one: sized(one.most.state["column_moment"]),
         "decay": lambda one: sized(one.most.state["decay"]),
-        "momentum": lambda one: sized(one.most.state["momentum"]),
+        "momentum": lambda one: sized(one.most.state["momentum"] + one.most.state.get(SCALE, 0)),
         "state": lambda one: sized(one.most.state_bytes),
         "Adam's": lambda one: sized(one.adam),
         "x Adam's": lambda one: f"{one.most.state_bytes / one.adam:.2g}",

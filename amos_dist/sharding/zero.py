@@ -164,7 +164,8 @@ def _gathered(original: Original, optim_state_key: str | None = None) -> torch.T
         if mapping is not None and optim_state_key not in (mapping.optim_fragment or ()):
             fault = (
                 f"no {optim_state_key!r} of the shape of parameter {original.name!r} is in the state of Amos. "
-                "Of this shape it has 'momentum', where that is not 0: take all else from amos_dist.full_state(engine)."
+                "Of this shape it has 'momentum', where that is not 0 and not of 8 bits: take all else from "
+                "amos_dist.full_state(engine)."
             )
         if fault := disagreement(param._dp_group, fault, doing="give that state"):
             raise ValueError(fault)

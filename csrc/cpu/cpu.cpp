@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -20,6 +21,9 @@ struct Float16 {
   uint16_t bits;
 };
 struct NoMomentum {};
+struct Int8 {
+  int8_t level;
+};
 
 template <class P>
 using Compute = typename std::conditional<std::is_same<P, double>::value, double, float>::type;
@@ -51,6 +55,16 @@ struct Elements {
     const int64_t i = row * cols + column;
     return {theta + i, g + i, m ? m + i : m, low ? low + i : low, index + row * row_count + column, cols, row_count};
   }
+};
+
+// Momentum in 8 bits of elements that lie one after another, the first of which begins a run. index: the number that
+// its random number counts by; the next ones follow, also where a block's rows are parts of the parameter's.
+struct Runs {
+  int8_t* levels;
+  float* scales;
+  int64_t index;
+
+  Runs from(int64_t element) const { return {levels + element, scales + element / kRun, index + element}; }
 };
 
 struct Span {
@@ -89,6 +103,13 @@ struct UpdateKernels {
   void (*row_steps)(const E&, int64_t r0, int64_t r1, int64_t row_count, T* moment, T* decay, const Consts<T>&,
                     const NormParts&);
   void (*element_steps)(const E&, int64_t r0, int64_t r1, T* moment, T* decay, const Consts<T>&, const NormParts&);
+};
+
+// Of momentum in 8 bits: elements [begin, end) of a block, which begin with a run. Elements' momentum is a buffer.
+template <class P, class G>
+struct UpdateKernels<P, G, Int8> {
+  void (*runs)(const Elements<P, G, float>&, const Runs&, int64_t begin, int64_t end, Moments, const Planes<float>&,
+               const Consts<float>&, double* norms);
 };
 
 #define AMOS_ISA baseline
@@ -372,30 +393,113 @@ void block_update(const Block& b, const Consts<Compute<P>>& k, Work work) {
   }
 }
 
+// The three parts of a step of `row`, together for a few rows at a time.
+template <class P, class G, class M>
+void row_step(const Block& b, const Consts<Compute<P>>& k) {
+  using T = Compute<P>;
+  const UpdateKernels<P, G, M> kernels = pick_updates<P, G, M>(b, k);
+  const Elements<P, G, M> elements = elements_of<P, G, M>(b);
+  T *moment = static_cast<T*>(b.row_moment), *decay = static_cast<T*>(b.decay);
+  const bool full = b.cols == 1 && b.row_count == 1;
+  const int64_t each = rows_together(b), groups = ceil_div(b.rows, each);
+  const NormSums norms(b, groups, each);
+  parallel(groups, each * (full ? 16 : b.cols), [&](int64_t first, int64_t last) {
+    const int64_t r0 = first * each, r1 = std::min(b.rows, last * each);
+    if (full)
+      kernels.element_steps(elements, r0, r1, moment, decay, k, norms.parts_of);
+    else
+      kernels.row_steps(elements, r0, r1, b.row_count, moment, decay, k, norms.parts_of);
+  });
+}
+
+// ---- momentum in 8 bits: by runs, which may be of several rows, and not by rows ------------------------------------
+
+// What is updated, and how. Rows of one element are for this one row that has coefficients for each column.
+template <class P, class G>
+struct RunMatrix {
+  Elements<P, G, float> elements;
+  Runs runs;
+  Moments moments;
+
+  explicit RunMatrix(const Block& b)
+      : elements(elements_of<P, G, float>(b)),
+        runs{static_cast<int8_t*>(b.momentum), b.scale, b.first},
+        moments(b.moments) {
+    elements.m = nullptr;
+    if (b.moments == Moments::row && b.cols == 1 && b.row_count == 1) {
+      moments = Moments::column;
+      elements.cols = elements.row_count = b.rows;
+    }
+  }
+};
+
+template <class P, class G>
+void block_update_runs(const Block& b, const Consts<float>& k, Work work) {
+  const auto kernel = pick_updates<P, G, Int8>(b, k).runs;
+  const RunMatrix<P, G> matrix(b);
+  Planes<float> planes = planes_of<float>(b, work);
+  if (matrix.moments != b.moments) planes.P = planes.A, planes.Q = planes.B;
+  const int64_t n = b.rows * b.cols, chunks = ceil_div(n, kChunk);
+  const NormSums norms(b, chunks, 1);
+  parallel(chunks, kChunk, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      kernel(matrix.elements, matrix.runs, i * kChunk, std::min(n, (i + 1) * kChunk), matrix.moments, planes, k,
+             norms.parts_of.of(i));
+  });
+}
+
+// `row`: as many rows at a time as make whole runs.
+template <class P, class G>
+void row_step_runs(const Block& b, const Consts<float>& k) {
+  const auto kernel = pick_updates<P, G, Int8>(b, k).runs;
+  const SumKernels<float, G> sums = pick_sums<float, G>();
+  const RunMatrix<P, G> matrix(b);
+  const G* g = static_cast<const G*>(b.grad);
+  float *moment = static_cast<float*>(b.row_moment), *decay = static_cast<float*>(b.decay);
+  const int64_t each = kRun / std::gcd(b.cols, kRun), groups = ceil_div(b.rows, each);
+  const NormSums norms(b, groups, 1);
+  parallel(groups, each * std::max<int64_t>(16, b.cols), [&](int64_t first, int64_t last) {
+    float A[kRun], B[kRun];
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t r0 = i * each, rows = std::min(b.rows - r0, each), at = r0 * b.cols;
+      sums.rows(g + at, b.cols, k.clip, 0, rows, A);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float G2 = A[r] / float(b.row_count);
+        moment[r0 + r] = next_moment(moment[r0 + r], G2, k);
+        const Coefs<float> c = coefficients(G2, moment[r0 + r], decay[r0 + r], k);
+        A[r] = c.A;
+        B[r] = c.B;
+      }
+      const int64_t cols = matrix.elements.cols;
+      kernel(matrix.elements.at(at / cols, at % cols), matrix.runs.from(at), 0, rows * b.cols, matrix.moments,
+             {A, B, nullptr, A, B}, k, norms.parts_of.of(i));
+    }
+  });
+}
+
+template <class P, class G, class M>
+void any_update(const Block& b, const Consts<Compute<P>>& k, Work work) {
+  if constexpr (std::is_same<M, Int8>::value)
+    block_update_runs<P, G>(b, k, work);
+  else
+    block_update<P, G, M>(b, k, work);
+}
+
 template <class P, class G, class M>
 void block_step(const Block& b, const Consts<Compute<P>>& k, Work work) {
   using T = Compute<P>;
   if (b.moments == Moments::row && (b.rows > 1 || b.cols <= kGrain)) {
-    const UpdateKernels<P, G, M> kernels = pick_updates<P, G, M>(b, k);
-    const Elements<P, G, M> elements = elements_of<P, G, M>(b);
-    T *moment = static_cast<T*>(b.row_moment), *decay = static_cast<T*>(b.decay);
-    const bool full = b.cols == 1 && b.row_count == 1;
-    const int64_t each = rows_together(b), groups = ceil_div(b.rows, each);
-    const NormSums norms(b, groups, each);
-    parallel(groups, each * (full ? 16 : b.cols), [&](int64_t first, int64_t last) {
-      const int64_t r0 = first * each, r1 = std::min(b.rows, last * each);
-      if (full)
-        kernels.element_steps(elements, r0, r1, moment, decay, k, norms.parts_of);
-      else
-        kernels.row_steps(elements, r0, r1, b.row_count, moment, decay, k, norms.parts_of);
-    });
+    if constexpr (std::is_same<M, Int8>::value)
+      row_step_runs<P, G>(b, k);
+    else
+      row_step<P, G, M>(b, k);
     return;
   }
   T* columns = planes_of<T>(b, work).P;
   if (b.moments != Moments::row) std::fill(columns, columns + b.columns, T(0));
   block_sums<T, G>(b, k, work);
   block_slots<T>(b, k, work);
-  block_update<P, G, M>(b, k, work);
+  any_update<P, G, M>(b, k, work);
 }
 
 enum class Phase { sums, slots, update, step };
@@ -412,15 +516,17 @@ void run(Phase phase, const Block* blocks, int64_t n, Hypers hypers, Work work) 
     if (b.rows == 0 || b.cols == 0) continue;
     if (phase == Phase::sums) block_sums<T, G>(b, k, work);
     if (phase == Phase::slots) block_slots<T>(b, k, work);
-    if (phase == Phase::update) block_update<P, G, M>(b, k, work);
+    if (phase == Phase::update) any_update<P, G, M>(b, k, work);
     if (phase == Phase::step) block_step<P, G, M>(b, k, work);
   }
 }
 
 template <class P, class G>
 void with_momentum_type(Phase phase, const Block* blocks, int64_t n, Types types, Hypers hypers, Work work) {
-  if constexpr (std::is_same<Compute<P>, float>::value)
+  if constexpr (std::is_same<Compute<P>, float>::value) {
     if (types.momentum == Dtype::bf16) return run<P, G, BFloat16>(phase, blocks, n, hypers, work);
+    if (types.momentum == Dtype::i8) return run<P, G, Int8>(phase, blocks, n, hypers, work);
+  }
   run<P, G, Compute<P>>(phase, blocks, n, hypers, work);
 }
 

@@ -270,16 +270,22 @@ AMOS_FN Vec<T> update_vector(Vec<T>& theta, Vec<T> g, Vec<T>& m, Vec<T> P, Vec<T
   return step;
 }
 
-// The bits of bfloat16s, rounded stochastically. index: the number of the first of them in the parameter.
+// Random bits of elements that follow each other. index: the number of the first of them in the parameter.
 template <class T>
-AMOS_FN VecU narrow_stochastically(VecF f, int64_t index, const Consts<T>& k) {
+AMOS_FN VecU random_lanes(int64_t index, const Consts<T>& k) {
   VecU low;
   for (int lane = 0; lane < kWidth<float>; ++lane) low[lane] = uint32_t(lane);
   low += uint32_t(index);
   const uint32_t high = uint32_t(uint64_t(index) >> 32);
   const VecU carried = (VecU)(low < uint32_t(index));  // in these lanes the lower half has wrapped around
   const VecU key = (carried & stream_key(high + 1, k)) | (~carried & stream_key(high, k));
-  const VecU rounded = rounded_stochastically(as_bits(f), mixed(low ^ key, k.salt)), is_nan = (VecU)(f != f);
+  return mixed(low ^ key, k.salt);
+}
+
+// The bits of bfloat16s, rounded stochastically.
+template <class T>
+AMOS_FN VecU narrow_stochastically(VecF f, int64_t index, const Consts<T>& k) {
+  const VecU rounded = rounded_stochastically(as_bits(f), random_lanes(index, k)), is_nan = (VecU)(f != f);
   return (is_nan & 0x7fc0u) | (~is_nan & rounded);
 }
 
@@ -343,6 +349,23 @@ AMOS_FN double update_chunk(const Elements<P, G, M>& e, int64_t n, const RowCoef
   return next ? lanes_sum<T>(acc) : 0;
 }
 
+// n elements of row r, from column c on, which `at` begins with; the coefficients are in planes.
+template <Write write, class P, class G, class M, class T, bool with_norms>
+AMOS_FN void update_part(const Elements<P, G, M>& at, int64_t r, int64_t c, int64_t n, Moments kind,
+                         const Planes<T>& planes, const Consts<T>& k, int64_t ahead, Norms<with_norms, T>& norms) {
+  const G* no_next = nullptr;
+  if (kind == Moments::row) {
+    const RowCoefs<T> row{planes.A[r], planes.B[r], 0, nullptr, nullptr};
+    update_chunk<Moments::row, write>(at, n, row, k, no_next, ahead, norms);
+  } else if (kind == Moments::factored) {
+    const RowCoefs<T> row{planes.A[r], planes.B[r], planes.limit[r], planes.P + c, nullptr};
+    update_chunk<Moments::factored, write>(at, n, row, k, no_next, ahead, norms);
+  } else {
+    const RowCoefs<T> row{0, 0, 0, planes.P + c, planes.Q + c};
+    update_chunk<Moments::column, write>(at, n, row, k, no_next, ahead, norms);
+  }
+}
+
 // Columns [c0, c1) of rows [r0, r1), with the coefficients in the planes of the workspace.
 template <bool with_norms, Write write, class P, class G, class M, class T>
 void update_rows(const Elements<P, G, M>& e, const Span& span, Moments kind, const Planes<T>& planes,
@@ -351,19 +374,8 @@ void update_rows(const Elements<P, G, M>& e, const Span& span, Moments kind, con
   const int64_t n = span.c1 - span.c0;
   const bool tile = n < e.cols && span.r1 - span.r0 > 1;
   const int64_t ahead = tile ? e.cols : kAhead;  // of a tile: its next row
-  const G* no_next = nullptr;
   auto update = [&](int64_t r, int64_t c, int64_t some) __attribute__((always_inline)) {
-    const Elements<P, G, M> at = e.at(r, c);
-    if (kind == Moments::row) {
-      const RowCoefs<T> row{planes.A[r], planes.B[r], 0, nullptr, nullptr};
-      update_chunk<Moments::row, write>(at, some, row, k, no_next, ahead, norms);
-    } else if (kind == Moments::factored) {
-      const RowCoefs<T> row{planes.A[r], planes.B[r], planes.limit[r], planes.P + c, nullptr};
-      update_chunk<Moments::factored, write>(at, some, row, k, no_next, ahead, norms);
-    } else {
-      const RowCoefs<T> row{0, 0, 0, planes.P + c, planes.Q + c};
-      update_chunk<Moments::column, write>(at, some, row, k, no_next, ahead, norms);
-    }
+    update_part<write>(e.at(r, c), r, c, some, kind, planes, k, ahead, norms);
   };
   for (int64_t r = span.r0; r < span.r1; ++r) {
     if constexpr (!with_norms) {
@@ -433,6 +445,8 @@ void element_steps(const Elements<P, G, M>& all, int64_t r0, int64_t r1, T* mome
   }
 }
 
+#include "runs.inl"
+
 template <class T, class G>
 SumKernels<T, G> sum_kernels() {
   return {&row_sums<T, G>, &chunk_sums<T, G>, &column_sums<T, G>};
@@ -440,8 +454,11 @@ SumKernels<T, G> sum_kernels() {
 template <bool with_norms, Write write, class P, class G, class M>
 UpdateKernels<P, G, M> update_kernels() {
   using T = Compute<P>;
-  return {&update_rows<with_norms, write, P, G, M, T>, &row_steps<with_norms, write, P, G, M, T>,
-          &element_steps<with_norms, write, P, G, M, T>};
+  if constexpr (std::is_same<M, Int8>::value)
+    return {&update_runs<with_norms, write, P, G>};
+  else
+    return {&update_rows<with_norms, write, P, G, M, T>, &row_steps<with_norms, write, P, G, M, T>,
+            &element_steps<with_norms, write, P, G, M, T>};
 }
 
 }  // namespace AMOS_ISA

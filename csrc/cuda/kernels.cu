@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "rows.cuh"
+#include "runs.cuh"
 #include "sums.cuh"
 
 #ifndef AMOS_CUDA_ARCHS
@@ -21,10 +22,12 @@ constexpr int64_t kThreadsPerSm = 2048;
 // How `step` treats a block.
 enum class Way { phases, thread, warp, cta, long_rows };
 
+// scale: of momentum in 8 bits, which takes the phases, but for rows of one element.
 template <class T>
-Way way(Moments moments, int64_t rows, int64_t cols) {
+Way way(Moments moments, int64_t rows, int64_t cols, const float* scale) {
   if (moments != Moments::row) return Way::phases;
   if (cols == 1) return Way::thread;
+  if (scale) return Way::phases;
   if (cols <= kWarpCols<T>) return Way::warp;
   if (cols <= kCtaCols<T>) return Way::cta;
   return rows < kFewRows ? Way::phases : Way::long_rows;
@@ -57,8 +60,9 @@ struct Place {
   // The most units of work that any kernel which updates it makes of a block.
   static int64_t most_units(const Block& b) {
     constexpr int kMostLeastLanes = kLeastLanes<__half>;
+    if (b.scale) return ceil_div(b.rows * b.cols, kRun);
     const int64_t phases = ceil_div(b.rows, kWarp / lanes_for(b.cols)) * ceil_div(b.cols, kChunk);
-    switch (way<T>(b.moments, b.rows, b.cols)) {
+    switch (way<T>(b.moments, b.rows, b.cols, b.scale)) {
       case Way::warp:
         return std::max(phases, ceil_div(b.rows, kWarp / lanes_for(b.cols, kMostLeastLanes)));
       case Way::cta:
@@ -71,7 +75,7 @@ struct Place {
   static int64_t own_values(const Block& b) { return partials(b.moments, b.rows, b.cols); }
   // `step` keeps A and B of few long rows here: rows of `row` have no place in its workspace.
   static int64_t rows_values(const Block& b) {
-    return b.moments == Moments::row && way<T>(b.moments, b.rows, b.cols) == Way::phases ? 2 * b.rows : 0;
+    return b.moments == Moments::row && way<T>(b.moments, b.rows, b.cols, b.scale) == Way::phases ? 2 * b.rows : 0;
   }
   int64_t doubles_bytes() const { return round_up((moment_sums + norm_parts) * int64_t(sizeof(double))); }
   int64_t bytes() const { return doubles_bytes() + round_up(values * int64_t(sizeof(T))); }
@@ -103,6 +107,7 @@ class Call {
     one_pass_ = one_pass;
     args_.plane = work.plane;
     args_.bf16_momentum = types.momentum == Dtype::bf16;
+    args_.one_pass = one_pass;
     args_.assign_columns = one_pass;
     read(blocks, n, work);
   }
@@ -132,13 +137,29 @@ class Call {
 
   template <class P, class G>
   void update() {
-    add_update({asked_ ? update_step<T, P, G, true> : update_step<T, P, G, false>, kWarps},
-               [&](const Entry<T>& e) { return taken(e) ? 0 : row_units(e, ceil_div(e.cols, kChunk)); });
+    if (by_runs_) {
+      if constexpr (std::is_same_v<T, float>) {
+        add_update({asked_ ? run_step<P, G, true> : run_step<P, G, false>, kWarps},
+                   [](const Entry<T>& e) { return ceil_div(e.rows * e.cols, kRun); });
+      }
+    } else {
+      add_update({asked_ ? update_step<T, P, G, true> : update_step<T, P, G, false>, kWarps},
+                 [&](const Entry<T>& e) { return taken(e) ? 0 : row_units(e, ceil_div(e.cols, kChunk)); });
+    }
     if (asked_) add({finish_norms<T>, 1}, [](const Entry<T>& e) { return int64_t(e.norm_blocks > 0); });
   }
 
   template <class P, class G>
   void step() {
+    if (!by_runs_) step_rows<P, G>();
+    sums<G>();
+    slots();
+    update<P, G>();
+  }
+
+  // What takes one pass.
+  template <class P, class G>
+  void step_rows() {
     for (Entry<T>& e : entries_) e.row_lanes = lanes_for(e.cols, kLeastLanes<P>, std::min(kHeld<T>, kLaneCols));
     add_update({asked_ ? thread_rows<T, P, G, true> : thread_rows<T, P, G, false>, kWarps},
                [&](const Entry<T>& e) { return way_of(e) == Way::thread ? ceil_div(e.rows, kThreadRows * kWarp) : 0; });
@@ -162,9 +183,6 @@ class Call {
       add_update({kernel, 1, kThreads, shared_bytes},
                  [&](const Entry<T>& e) { return way_of(e) == Way::long_rows ? e.rows : 0; });
     }
-    sums<G>();
-    slots();
-    update<P, G>();
   }
 
   // Uploads the table and launches what was added, in that order. Returns the first error; nothing is launched after.
@@ -195,7 +213,7 @@ class Call {
     size_t first_unit;  // where in first_units_
   };
 
-  Way way_of(const Entry<T>& e) const { return way<T>(e.moments, e.rows, e.cols); }
+  Way way_of(const Entry<T>& e) const { return way<T>(e.moments, e.rows, e.cols, e.scale); }
   bool taken(const Entry<T>& e) const { return one_pass_ && way_of(e) != Way::phases; }
 
   // Units of warps that take narrow rows several at a time.
@@ -218,6 +236,8 @@ class Call {
       e.param = b.param;
       e.grad = b.grad;
       e.momentum = b.momentum;
+      e.scale = b.scale;
+      by_runs_ = b.scale;
       e.low_param = b.low_param;
       e.row_moment = static_cast<T*>(b.row_moment);
       e.column_moment = static_cast<T*>(b.column_moment);
@@ -347,7 +367,7 @@ class Call {
   Hypers hypers_;
   char *scratch_, *table_ = nullptr;
   cudaStream_t stream_;
-  bool one_pass_, asked_ = false;
+  bool one_pass_, asked_ = false, by_runs_ = false;
   int error_ = cudaSuccess;  // the first one
   int64_t sms_ = attribute(cudaDevAttrMultiProcessorCount, 1);
   Args<T> args_ = {};

@@ -45,6 +45,7 @@ struct Entry {
   void* param;
   const void* grad;
   void *momentum, *low_param;
+  float* scale;  // of momentum in 8 bits: one for each run
   T *row_moment, *column_moment, *decay;
   T *row_work, *column_work;   // in plane 0: its first row, its parameter's first column
   T* partial;                  // its partial sums
@@ -71,6 +72,7 @@ struct Args {
   int32_t n;
   int32_t shared_bytes;  // dynamic ones
   bool bf16_momentum;
+  bool one_pass;        // this is `step`
   bool row_for_cta;     // held_rows: a row belongs to a CTA, not to a warp
   bool assign_columns;  // column sums are assigned, not added
 };

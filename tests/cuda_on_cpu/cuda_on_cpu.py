@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from numpy_reference import Array, Hyper, State, round_stochastically, step
+from numpy_reference import RUN, Array, Hyper, State, levels, round_stochastically, run_scales, step
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parents[1] / "csrc" / "cuda" / "kernels.cu"
@@ -29,8 +29,8 @@ FLAGS = [
 ]
 
 MOMENTS = ("row", "column", "factored")
-DTYPES = ("f64", "f32", "bf16", "f16")
-STORAGE = {"f64": np.float64, "f32": np.float32, "bf16": np.uint16, "f16": np.float16}
+DTYPES = ("f64", "f32", "bf16", "f16", "i8")
+STORAGE = {"f64": np.float64, "f32": np.float32, "bf16": np.uint16, "f16": np.float16, "i8": np.int8}
 ROUNDING = {"f64": 0.0, "f32": 0.0, "bf16": 2.0**-8, "f16": 2.0**-11}  # relative error of storing a number
 PAIRS = [("f64", "f64")]
 PAIRS += [("f32", grad) for grad in ("f32", "bf16", "f16")]
@@ -119,7 +119,7 @@ class CHyper(ctypes.Structure):
 
 class CBlock(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("param", "grad", "momentum", "low_param")),
+        *((name, ctypes.c_void_p) for name in ("param", "grad", "momentum", "scale", "low_param")),
         *((name, ctypes.c_void_p) for name in ("row_moment", "column_moment", "decay", "norms")),
         *((name, ctypes.c_int64) for name in ("rows", "cols", "row_count", "column_count", "row_work", "column_work")),
         *((name, ctypes.c_int64) for name in ("column_start", "columns", "first", "hyper")),
@@ -178,13 +178,21 @@ class Problem:
             self.grad * random.uniform(0.5, 2, (rows, 1)) * random.uniform(0.5, 2, cols), types.grad
         )
         entries = cols if moments == "column" else rows
-        momentum = self.rounded(random.standard_normal((rows, cols)), types.momentum) if types.momentum else None
+        momentum = None
+        if types.momentum == "i8":
+            momentum = (random.integers(-31, 32, rows * cols) * self.scales()).reshape(rows, cols)
+        elif types.momentum:
+            momentum = self.rounded(random.standard_normal((rows, cols)), types.momentum)
         moment = {size: self.rounded(random.uniform(0.1, 2, size), types.compute) for size in (rows, cols)}
         self.state = State(moment[rows], moment[cols], self.rounded(random.random(entries), types.compute), momentum)
 
     @staticmethod
     def rounded(x: Array, dtype: str) -> Array:
         return decode(encode(x, dtype), dtype)
+
+    def scales(self) -> Array:
+        """Of 8-bit momentum, for each element: such that any run of it has a scale."""
+        return 2.0 ** (np.arange(self.rows * self.cols) // RUN % 3) / 64
 
     @cached_property
     def expected(self) -> tuple[Array, State]:
@@ -199,7 +207,7 @@ class Problem:
             return np.array([np.square(x.ravel()[start:stop]).sum() for x in (delta, self.theta)])
 
 
-POINTERS = ("param", "grad", "momentum", "low_param", "row_moment", "column_moment", "decay", "norms")
+POINTERS = ("param", "grad", "momentum", "low_param", "row_moment", "column_moment", "decay", "norms", "scale")
 ADDED_TO = (3.0, 50.0)  # what the norms are before a call
 
 
@@ -212,9 +220,6 @@ class Piece:
         self.problem, self.start, self.stop = problem, start, stop
         self.param = Tensor(p.theta.ravel()[start:stop], types.param, offsets[0])
         self.grad = Tensor(p.grad.ravel()[start:stop], types.grad, offsets[1])
-        self.momentum = None
-        if types.momentum and p.state.momentum is not None:
-            self.momentum = Tensor(p.state.momentum.ravel()[start:stop], types.momentum, offsets[2])
         self.low_param = Tensor(np.full(stop - start, np.nan), types.grad, offsets[3]) if types.low else None
         # [first row, first column, elements]: the end of a row, whole rows, the beginning of a row
         self.ranges: list[tuple[int, int, int]] = []
@@ -225,6 +230,14 @@ class Piece:
             size = size or min(p.cols - column, stop - at)
             self.ranges.append((row, column, size))
             at += size
+        self.momentum = self.scale = None
+        if types.momentum and p.state.momentum is not None:
+            momentum = p.state.momentum.ravel()[start:stop]
+            if types.momentum == "i8":
+                scales = [p.scales()[start:stop][places].min() for places in self.runs()]
+                self.scale = Tensor(np.array(scales), "f32")
+                momentum = momentum / np.repeat(scales, [places.stop - places.start for places in self.runs()])
+            self.momentum = Tensor(momentum, types.momentum, offsets[2])
         self.first_row = self.ranges[0][0] if self.ranges else 0
         self.last_row = self.ranges[-1][0] + -(-self.ranges[-1][2] // p.cols) if self.ranges else 0
         rows = slice(self.first_row, self.last_row)
@@ -233,6 +246,14 @@ class Piece:
         self.decay = Tensor(p.state.decay if p.moments == "column" else p.state.decay[rows], types.compute)
         self.norms = Tensor(np.array(ADDED_TO), "f64") if p.watched else None
 
+    def runs(self) -> list[slice]:
+        """The elements that have a scale together."""
+        at, found = 0, []
+        for _, _, size in self.ranges:
+            found += [slice(at + first, at + min(size, first + RUN)) for first in range(0, size, RUN)]
+            at += size
+        return found
+
     def tensors(self) -> list[Tensor]:
         """What a step may change."""
         state = {
@@ -240,7 +261,7 @@ class Piece:
             "column": [self.column_moment],
             "factored": [self.row_moment, self.column_moment],
         }
-        others = [tensor for tensor in (self.momentum, self.low_param, self.norms) if tensor]
+        others = [tensor for tensor in (self.momentum, self.scale, self.low_param, self.norms) if tensor]
         return [self.param, *others, *state[self.problem.moments], self.decay]
 
     def arrays(self) -> dict[str, Tensor]:
@@ -253,7 +274,7 @@ class Piece:
 
     def blocks(self, row_work: int, column_work: int, hyper: int) -> Iterator[CBlock]:
         p, types = self.problem, self.problem.types
-        compute = STORAGE[types.compute]().itemsize
+        compute, run = STORAGE[types.compute]().itemsize, 0
         for index, (row, column, size) in enumerate(self.ranges):
             at = row * p.cols + column - self.start
             by_row = compute * (row - self.first_row)
@@ -262,8 +283,11 @@ class Piece:
                 for name, tensor in self.arrays().items()
                 if name in POINTERS[:4]
             }
+            scale = self.scale.pointer + 4 * run if self.scale else None
+            run += -(-size // RUN)
             yield CBlock(
                 **there,
+                scale=scale,
                 row_moment=None if p.moments == "column" else self.row_moment.pointer + by_row,
                 column_moment=None if p.moments == "row" else self.column_moment.pointer,
                 decay=self.decay.pointer + (0 if p.moments == "column" else by_row),
@@ -405,6 +429,27 @@ def assert_rounded_stochastically(actual: Array, expected: Array, index: Array, 
     assert certain.mean() > 0.9 or len(actual) < 50, f"{what}: this tests little"
 
 
+def check_eight_bits(piece: Piece, what: str) -> None:
+    """The scale of each run, and the very levels, but where the error of the compute type decides."""
+    p = piece.problem
+    momentum = p.expected[1].momentum.ravel()[piece.start : piece.stop]
+    found, scales, certain = piece.momentum.values, piece.scale.values, 0
+    for number, places in enumerate(piece.runs()):
+        x, scale = momentum[places], scales[number : number + 1]
+        np.testing.assert_allclose(scale, run_scales(x), rtol=4e-5, err_msg=f"{what}: scale {number}")
+        if not scale > 0:
+            continue
+        assert (scale.astype(np.float32).view(np.uint32) & 0xFF == 0).all(), f"{what}: scale {number} has too many bits"
+        assert np.abs(found[places]).max() == 127, f"{what}: run {number} has no largest"
+        index = np.arange(places.start, places.stop).astype(np.uint64) + np.uint64(p.first + piece.start)
+        error = allowed_error(momentum, "f32", "f32")[places]
+        low, high = (levels(x + sign * error, scale, index, p.hyper) for sign in (-1, 1))
+        good = (low <= found[places]) & (found[places] <= high)
+        assert good.all(), f"{what}: {found[places][~good][:5]} in run {number}, expected {low[~good][:5]}"
+        certain += (low == high).sum()
+    assert certain >= 0.9 * len(momentum) or not (scales > 0).all(), f"{what}: this tests little"
+
+
 def check(piece: Piece) -> None:
     """Compares what the kernels left with the reference."""
     p, compute = piece.problem, piece.problem.types.compute
@@ -420,7 +465,9 @@ def check(piece: Piece) -> None:
     if piece.low_param:
         nearest = encode(piece.param.values, p.types.grad).view(np.uint8)
         assert (piece.low_param.bytes == nearest).all(), f"{name}: low_param"
-    if piece.momentum and state.momentum is not None:
+    if piece.scale:
+        check_eight_bits(piece, f"{name}: momentum")
+    elif piece.momentum and state.momentum is not None:
         expected = state.momentum.ravel()[piece.start : piece.stop]
         assert_close(piece.momentum.values, expected, piece.momentum.dtype, f"{name}: momentum", compute)
     if p.moments != "column":

@@ -433,6 +433,8 @@ T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32) {
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) { return shim::ballot(mask, predicate != 0); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
 
 template <class T>
 T checked_load(const T* p) {

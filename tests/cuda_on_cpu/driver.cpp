@@ -59,7 +59,7 @@ int replay(std::ifstream& in, std::ofstream& out) {
     pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(at);
   };
   for (Block& b : blocks) {
-    place(b.param), place(b.grad), place(b.momentum), place(b.low_param);
+    place(b.param), place(b.grad), place(b.momentum), place(b.scale), place(b.low_param);
     place(b.row_moment), place(b.column_moment), place(b.decay), place(b.norms);
   }
   const Array work = read_array(in);

@@ -90,9 +90,28 @@ def mixed(x: Array | int, salt: int) -> Array:
 def random_bits(index: Array, h: Hyper) -> Array:
     """32 random bits for each element number of a parameter, at step t."""
     with np.errstate(over="ignore"):
-        key = mixed(int(h.seed), int(h.t))
+        key = mixed(int(h.seed if h.seed >= 0 else -1 - h.seed), int(h.t))
         low, high = index.astype(np.uint32), (index >> np.uint64(32)).astype(np.uint32)
         return mixed(low ^ (key + high * np.uint32(0x9E3779B1)), int(mixed(key, 0x9E3779B9)))
+
+
+RUN = 256
+
+
+def run_scales(x: Array) -> Array:
+    """Of each run: a little less than a 127th of the largest; 0 below 2**-100, NaN where one is not finite."""
+    runs = np.abs(np.pad(x, (0, -len(x) % RUN)).reshape(-1, RUN))
+    largest = np.where(np.isfinite(runs).all(1), runs.max(1, initial=0), np.nan)
+    with np.errstate(all="ignore"):
+        units = 2 ** (np.floor(np.log2(largest / 127)) - 15)  # of 16 bits
+        return np.where(largest < 2**-100, 0, np.floor(largest / 127 / units * (1 - 2**-20)) * units)
+
+
+def levels(x: Array, scales: Array, index: Array, h: Hyper) -> Array:
+    """Whole multiples of the runs' scales, up or down by chance."""
+    with np.errstate(all="ignore"):
+        multiples = np.nan_to_num(x / np.repeat(scales, RUN)[: len(x)], posinf=0, neginf=0)
+    return np.clip(np.floor(multiples + (random_bits(index, h) & np.uint32(0xFFFF)) / 2**16), -127, 127)
 
 
 def round_stochastically(x: Array, index: Array, h: Hyper) -> Array:

@@ -62,8 +62,9 @@ def watched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("watched")
 @pytest.mark.parametrize("way", ["step", "phases"])
 @pytest.mark.parametrize("moments", MOMENTS)
-def test_matrices(library: ctypes.CDLL, way: str, moments: str) -> None:
-    pieces = [Piece(Problem(moments, *shape, Types(momentum="f32"))) for shape in MATRICES]
+@pytest.mark.parametrize("momentum", ["f32", "i8"])
+def test_matrices(library: ctypes.CDLL, momentum: str, way: str, moments: str) -> None:
+    pieces = [Piece(Problem(moments, *shape, Types(momentum=momentum))) for shape in MATRICES]
     Call(library, pieces).run(way)
     for piece in pieces:
         check(piece)
@@ -73,6 +74,7 @@ TYPES = [Types(param, grad, momentum) for param, grad in PAIRS for momentum in (
 TYPES += [Types("f64", "f64", "f64"), Types("f32", "f32", "f32"), Types("bf16", "bf16", "f32")]
 TYPES += [Types("f32", grad, "f32", low=True) for grad in ("bf16", "f16")]
 TYPES += [Types("f32", "bf16", None, low=True)]
+TYPES += [Types(param, grad, "i8") for param, grad in PAIRS if param != "f64"] + [Types("f32", "bf16", "i8", low=True)]
 
 
 @pytest.mark.usefixtures("watched")
@@ -182,7 +184,13 @@ def test_options(library: ctypes.CDLL, hyper: Hyper) -> None:
     "offsets", [(1, 1, 1, 1), (2, 2, 2, 2), (3, 3, 0, 3), (0, 1, 0, 0), (4, 12, 4, 8), (1, 5, 1, 2), (9, 5, 13, 1)]
 )
 @pytest.mark.parametrize(
-    "types", [Types("f32", "f32", "f32"), Types("f32", "bf16", "bf16", low=True), Types("bf16", "bf16", "f32")]
+    "types",
+    [
+        Types("f32", "f32", "f32"),
+        Types("f32", "bf16", "bf16", low=True),
+        Types("bf16", "bf16", "f32"),
+        Types("f32", "bf16", "i8", low=True),
+    ],
 )
 def test_unaligned(library: ctypes.CDLL, types: Types, offsets: tuple[int, ...], align: int) -> None:
     """Vectors must begin where all arrays allow them: the emulation stops at a misaligned access."""

@@ -86,7 +86,27 @@ MUTANTS = {
     "more than the shared memory holds": ("rows.cuh", "fit = «vectors < capacity ? vectors : capacity»", "vectors"),
     "wrong place in shared memory": ("rows.cuh", "at < fit ? held[«at»]", "i"),
     "a thread's rows beyond the matrix": ("rows.cuh", "if («row >= e.rows») continue;\n      T sum", "false"),
+    # runs.cuh
+    "a run stays in its row": ("runs.cuh", "      «++row;»\n", ";"),
+    "columns of narrow rows run on": ("runs.cuh", "      column = «at % width»;", "at"),
+    "B of the columns is A": ("runs.cuh", "return {columns[0], columns[«plane»]};", "0"),
+    "not all lanes' largest": ("runs.cuh", "distance = «kWarp / 2»; distance", "kWarp / 4"),
+    "the largest keeps its sign": ("runs.cuh", "size = «bits_of(step) & 0x7fffffffu»", "bits_of(step)"),
+    "the bound of a level": ("runs.cuh", "level > 255.0f ? «255.0f» : level", "254.0f"),
+    "the scale of another run": ("runs.cuh", "old_scale = e.scale[«unit»]", "unit ? unit - 1 : 0"),
+    "a new scale in another run's place": ("runs.cuh", "e.scale[«unit»] = scale.scale", "0"),
+    "the old scale for new levels": ("runs.cuh", "level_of(m[j], «scale.inverse», random)", "1 / old_scale"),
+    "momentum's random numbers begin anew in each run": ("runs.cuh", "index = «e.first + begin + at»", "e.first + at"),
+    "a parameter's random numbers begin anew in each run": ("runs.cuh",
+        "arrays.first = «e.first + begin + p.row * (e.row_count - e.cols)»", "e.first"),
+    "rows of one element have no coefficients": ("runs.cuh",
+        "alone = «args.one_pass && e.moments == Moments::row && e.cols == 1»", "false"),
+    "a run longer than what is left": ("runs.cuh",
+        "n = «left < kRun ? static_cast<int>(left) : static_cast<int>(kRun)»", "static_cast<int>(kRun)"),
+    "a run's norms in another's place": ("runs.cuh", "norms.leave(e, «unit»)", "0"),
     # kernels.cu
+    "too few places for norms of runs": ("kernels.cu", "if (b.scale) return «ceil_div(b.rows * b.cols, kRun)»", "1"),
+    "rows with 8-bit momentum in one pass": ("kernels.cu", "if («!by_runs_») step_rows", "true"),
     "blocks share scratch memory": ("kernels.cu", "«place.add(b);»\n      if (new", ";"),
     "A and B of few long rows over their partial sums": ("kernels.cu", "e.partial + «place.own_values(b)»", "0"),
     "columns of a parameter's other blocks lost": ("kernels.cu", "«++entries_[leader].followers;»", ";"),
@@ -129,12 +149,15 @@ def watched(some: list[Problem]) -> list[Problem]:
 
 
 LOW = Types("f32", "bf16", "f32", low=True)
+EIGHT, EIGHT_BF16 = Types("f32", "bf16", "i8", low=True), Types("bf16", "bf16", "i8")
 CALLS = [
     Replay(problems(LOW), "step", (0, 0, 1, 0)),
     Replay(watched(problems(LOW)), "phases", (1, 2, 1, 1)),
     Replay(watched(problems(LOW)), "step", (1, 1, 1, 2)),
     Replay(problems(LOW), "step", (1, 1, 1, 1)),
     Replay([late(problem) for problem in problems(Types("bf16", "bf16"))], "phases", (1, 1, 0, 0)),
+    Replay(watched(problems(EIGHT)), "step", (1, 1, 1, 2)),
+    Replay([late(problem) for problem in problems(EIGHT_BF16)], "phases", (1, 1, 0, 0)),
     Replay(watched([Problem("row", *shape, Types("f64", "f64")) for shape in [(3, 100), (66, 4101)]]), "step"),
     Replay([zero_column(Problem("factored", 3, 40)), cut(Problem("factored", 3, 600)), Problem("row", 1, 33000)],
            "phases"),
@@ -149,6 +172,7 @@ CALLS = [
 RACES = [
     Replay([Problem(m, *s) for m in MOMENTS for s in [(70, 36), (130, 20), (9, 1100), (300, 1)]], "step"),
     Replay(watched([Problem("factored", 4, 17000), Problem("row", 70, 2100)]), "step"),
+    Replay([Problem("factored", 9, 200, EIGHT)], "step"),
     Replay([Problem("row", rows, 4100, Types("f64", "f64")) for rows in (20, 64)], "step"),
 ]
 HUNTERS = [

@@ -116,10 +116,13 @@ class Trainer:
         return {name: whole(param).float() for name, param in self.model.named_parameters()}
 
     def states(self) -> dict[str, torch.Tensor]:
+        """As it is saved: momentum of 8 bits in float32."""
+        saved = self.optimizer.state_dict()["state"]
+        numbers = {id(tensor): number for number, tensor in enumerate(self.optimizer._tensors())}
         return {
             f"{name} {key}": whole(value)
             for name, param in self.model.named_parameters()
-            for key, value in self.optimizer.state[param].items()
+            for key, value in saved.get(numbers[id(param)], {}).items()
         }
 
 

@@ -29,6 +29,7 @@ def cases() -> Iterator[dict[str, Any]]:
         yield case(zero, "amos")
         yield case(zero, "adamw", "float32")
     yield case(2, "amos-momentum-bf16", "float32", overlap_comm=True)
+    yield case(3, "amos-momentum-int8")
     yield case(3, "adafactor", sub_group_size=100_000, param_persistence_threshold=200)
 
 

@@ -35,7 +35,9 @@ def cases() -> Iterator[dict[str, Any]]:
         yield case(kind, 3, moments=kind)
     for stage in (2, 3):
         yield case("momentum", stage, params={"momentum": 0.9})
-        yield case("bf16 momentum", stage, "bf16", "row", params={"momentum": 0.9, "momentum_dtype": "bfloat16"})
+        low = {"bf16": "bfloat16"} | ({"8-bit": "int8"} if stage == 3 else {})
+        for name, dtype in low.items():
+            yield case(f"{name} momentum", stage, "bf16", "row", params={"momentum": 0.9, "momentum_dtype": dtype})
         yield case("two groups", stage, groups=True)
         yield case("AdamW", stage, type="AdamW", params={"torch_adam": True})
     for size in (20, 50):

@@ -55,6 +55,8 @@ def options(stages: tuple[int, ...] = (0, 1, 2, 3)) -> Iterator[dict[str, Any]]:
             "momentum_dtype": "bfloat16",
         }  # rounding turns differences of 1e-7 into some of 2^-9 now and then
         yield case("bf16 momentum", stage, params=low, tolerance=2e-3)
+        # Partitions have other runs than whole parameters.
+        yield case("8-bit momentum", stage, params={**PARAMS, "momentum_dtype": "int8"}, tolerance=1e-2)
     for stage in (stage for stage in stages if stage in (1, 2)):
         yield case("round robin", stage, zero={"round_robin_gradients": True})
         yield case("offload", stage, zero={"offload_optimizer": {"device": "cpu"}})

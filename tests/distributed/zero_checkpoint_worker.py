@@ -8,6 +8,7 @@ the groups that is not there, as in a checkpoint that something else has written
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -170,11 +171,17 @@ def load(case: State) -> State:
     for group in base(engine).param_groups:
         group.pop(case.get("without"), None)
     found = scale(engine)
-    changed = []
+    changed, off, refused = [], 0.0, True
     if not case.get("step_first"):  # adopted by full_state(), else by step()
         got = full_state(engine)
+        if eight_bits := case["params"].get("momentum_dtype") == "int8":
+            for entry, other in ((got[name], state[name]) for name in got):
+                off = max(off, relative(entry.pop("momentum"), other.pop("momentum")))
+            with contextlib.suppress(RuntimeError, ValueError):  # levels without their scales mean nothing
+                momentum_by_name(engine)
+                refused = False
         changed = different(got, state) if dist.get_rank() == 0 else []
-        if case["params"].get("momentum"):
+        if case["params"].get("momentum") and not eight_bits:
             momentum = momentum_by_name(engine)
             expected = {name: entry["momentum"] for name, entry in state.items()}
             changed += different({"momentum": momentum}, {"momentum": expected})
@@ -190,6 +197,8 @@ def load(case: State) -> State:
     planes_left = sorted({key for held in base(engine).state.values() for key in held if key.startswith("exp_avg")})
     return {
         "changed": changed,
+        "momentum_off": off,
+        "refused": refused,
         "narrowed": narrowed,
         "worst": worst(full_parameters(engine), after),
         "live": live + planes_left,

@@ -28,7 +28,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "d_coef": (0.0, 0.25, 2.0),
     "eps": (2**-125, 1e-8),
     "decay_init": (0.0, 0.5, 300.0),
-    "momentum_dtype": (None, "float32", "bfloat16", torch.bfloat16),
+    "momentum_dtype": (None, "float32", "bfloat16", torch.bfloat16, "int8"),
     "maximize": (False, True),
     "foreach": (None, False, True),
     "fused": NATIVE,

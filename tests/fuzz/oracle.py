@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amos_dist import Amos
-from amos_dist.reference import _measured, amos_step
+from amos_dist.reference import _measured, amos_step, nearest_int8, widened_int8
 from amos_dist.state import compute_dtype
 from amos_dist.tables import seed_of_parameter
 
@@ -104,7 +104,13 @@ class Oracle:
         for number, (param, name, group) in enumerate(some):
             state, given = self.states[number], self.settings(number, name, group)
             if given["momentum"] and "momentum" in state:
-                state["momentum"] = state["momentum"].to(given["momentum_dtype"] or compute_dtype(param))
+                momentum, dtype = state["momentum"], given["momentum_dtype"] or compute_dtype(param)
+                if momentum.dtype != dtype and momentum.dtype == torch.int8:
+                    momentum = widened_int8(momentum.view(-1), state.pop("momentum_scale")).view(momentum.shape)
+                if momentum.dtype != dtype and dtype == torch.int8:
+                    levels, state["momentum_scale"] = nearest_int8(momentum.reshape(-1).float())
+                    momentum = levels.view(momentum.shape)
+                state["momentum"] = momentum.to(dtype)
 
     def _is_trial(self, some: list[tuple[Tensor, str, dict[str, Any]]]) -> bool:
         """The first step, with lr=0 and gradients of zero, is none."""
@@ -150,7 +156,7 @@ class Oracle:
                 assert_same(param, state, copy, expected, where=here, tolerance=tolerance)
                 if param.dtype in LOW:
                     assert not (beyond := beyond_neighbours(param.detach(), copy, tolerance.state)), f"{here}: {beyond}"
-                if param.dtype in LOW or expected.get("momentum", copy).dtype in LOW:
+                if param.dtype in LOW or expected.get("momentum", copy).dtype in (*LOW, torch.int8):
                     copy.copy_(param.detach())
                     expected.update({key: value.clone() for key, value in state.items() if key != "step"})
 

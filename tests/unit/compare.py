@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amos_dist import Amos
-from amos_dist.reference import amos_step
+from amos_dist.reference import amos_step, widened_int8
 from amos_dist.state import compute_dtype
 from amos_dist.tables import seed_of_parameter
 
@@ -71,8 +71,22 @@ def assert_same(
         if key == "step":
             continue
         assert state[key].dtype == value.dtype, f"{where}, {key}"
+        if key == "momentum_scale" or value.dtype == torch.int8:
+            assert_same_in_eight_bits(state, expected_state, where)
+            continue
         bound = TOLERANCES[torch.bfloat16].param if value.dtype == torch.bfloat16 else tolerance.state
         assert relative_error(state[key], value) <= bound, f"{where}, {key}"
+
+
+def assert_same_in_eight_bits(state: dict[str, Any], expected: dict[str, Any], where: str = "") -> None:
+    """Few elements lie where the last bit of float32 decides, and these are rounded to the other neighbour."""
+    scale, other = state["momentum_scale"].view(-1), expected["momentum_scale"]
+    torch.testing.assert_close(scale, other, rtol=4e-5, atol=1e-30, equal_nan=True, msg=f"{where}, momentum_scale")
+    levels, wanted = state["momentum"].view(-1), expected["momentum"].view(-1)
+    unit = widened_int8(torch.ones_like(levels), other)
+    apart = (widened_int8(levels, scale) - widened_int8(wanted, other)).abs() / unit
+    assert not bool((apart > 1.01).any()), f"{where}, momentum"
+    assert int((levels != wanted).sum()) <= 1 + 0.02 * levels.numel(), f"{where}, momentum"
 
 
 def follow(
@@ -108,5 +122,8 @@ def follow(
             if state:
                 where = f"parameter {i} {tuple(param.shape)}, step {t}"
                 assert_same(param, optimizer.state[param], copy, state, tolerance=tolerance, where=where)
+                if state.get("momentum", copy).dtype == torch.int8:  # one other neighbour is no other training run
+                    copy.copy_(param.detach())
+                    state |= {key: value.clone() for key, value in optimizer.state[param].items() if key != "step"}
             else:
                 assert torch.equal(param, copy), f"parameter {i} has no gradient and has moved"

@@ -19,6 +19,7 @@ VARIANTS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float64": (torch.float64, {}),
     "float32": (torch.float32, {"momentum": 0.9}),
     "bfloat16": (torch.bfloat16, {"momentum": 0.9, "momentum_dtype": "bfloat16"}),
+    "int8": (torch.float32, {"momentum": 0.9, "momentum_dtype": "int8"}),
     "float16": (torch.float16, {}),
     "stochastic": (torch.bfloat16, {"stochastic_rounding": True}),
     "master": (torch.bfloat16, {"master_weights": True}),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amos_dist.runs import run_count
 from amos_dist.sharding import Piece
 from amos_dist.state import has_columns, has_rows
 from amos_dist.tables import CODES, lines
@@ -30,14 +31,16 @@ class Case:
     blocks: Tensor
     hyper: Tensor
     names: Tensor
+    scale: list[Tensor]
 
-    def arguments(self, op: str) -> tuple[Any, ...]:
+    def arguments(self, op: str, norms: Tensor | None = None) -> tuple[Any, ...]:
         end = (self.work, self.blocks, self.hyper, self.names)
+        last = (norms, self.scale) if self.scale else () if norms is None else (norms,)
         return {
             "sums_": (self.grad, *end),
             "slots_": (self.state, *end),
-            "update_": (self.param, self.grad, self.momentum, self.low_param, *end),
-            "step_": (self.param, self.grad, self.momentum, self.low_param, self.state, *end),
+            "update_": (self.param, self.grad, self.momentum, self.low_param, *end, *last),
+            "step_": (self.param, self.grad, self.momentum, self.low_param, self.state, *end, *last),
         }[op]
 
     def clone(self) -> Case:
@@ -47,11 +50,12 @@ class Case:
         return Case(**{**copied, "work": self.work.clone(), "state": self.state.clone()})
 
     def changed(self) -> list[Tensor]:
-        return [*self.param, *self.momentum, *self.low_param, self.state]
+        return [*self.param, *self.momentum, *self.scale, *self.low_param, self.state]
 
 
 def hyper_of(draw: random.Random, momentum: float, stochastic: bool) -> list[float]:
-    seed = float(draw.randrange(2**32)) if stochastic else -1.0
+    seed = float(draw.randrange(2**32))
+    seed = seed if stochastic else -1 - seed
     t, beta = draw.randint(1, 30), draw.choice([0.9, 0.99])
     clip, sign = draw.choice([math.inf, 0.7]), draw.choice([1.0, -1.0])
     return [0.1, draw.uniform(0.1, 1), beta, t, momentum, clip, 0.01, 0.25, 0.5, 2.0**-125, sign, seed]
@@ -75,10 +79,10 @@ def make_case(
     """
     draw = random.Random(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    lists: dict[str, list[Tensor]] = {key: [] for key in ("param", "grad", "momentum", "low_param")}
+    lists: dict[str, list[Tensor]] = {key: [] for key in ("param", "grad", "momentum", "low_param", "scale")}
     table, hyper, places, held = [], [], 0, 0
     for number in range(2):
-        size = 0
+        size = runs = 0
         for _ in range(draw.randint(1, 4)):
             kind = draw.choice(kinds)
             rows, cols = draw.randint(1, largest), draw.randint(1, largest)
@@ -99,13 +103,17 @@ def make_case(
                 table.append([
                     number, size + block.offset, block.rows, block.cols, CODES[kind], cols, rows,
                     row_state + below, column_state, decay_state + below, row_work, column_work, block.column, columns,
-                    len(hyper) - 1, piece.start + block.offset,
+                    len(hyper) - 1, piece.start + block.offset, runs,
                 ])  # fmt: skip
+                runs += run_count(block.rows * block.cols)
             size += piece.length
         seeds = [10 * seed + 1000 * number + i for i in range(3)]
         lists["param"].append(randn(seeds[0], size, dtype=dtype))
         lists["grad"].append(randn(seeds[1], size, dtype=grad_dtype or dtype))
-        if momentum_dtype:
+        if momentum_dtype == torch.int8:
+            lists["momentum"].append((50 * randn(seeds[2], size)).clamp(-127, 127).to(torch.int8))
+            lists["scale"].append(randn(seeds[2] + 1, runs).square() / 100)
+        elif momentum_dtype:
             lists["momentum"].append(0.1 * randn(seeds[2], size, dtype=momentum_dtype))
         if low:
             lists["low_param"].append(torch.zeros(size, dtype=grad_dtype))

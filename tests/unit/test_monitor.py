@@ -37,10 +37,9 @@ def test_norms_of_the_kernels(cut: bool, types: tuple[Any, ...]) -> None:
         twin, unwatched = case.clone(), case.clone()
         found, expected = (torch.full((len(case.hyper), 2), 0.5, dtype=F64) for _ in range(2))
         for op in ("sums_", "slots_", "update_") if cut else ("step_",):
-            more = {"norms": found} if op in ("update_", "step_") else {}
-            getattr(native, op)(*case.arguments(op), **more)
+            getattr(native, op)(*case.arguments(op, found))
             getattr(native, op)(*unwatched.arguments(op))
-            getattr(fallback, op)(*twin.arguments(op), **({"norms": expected} if more else {}))
+            getattr(fallback, op)(*twin.arguments(op, expected))
         assert all(map(torch.equal, case.changed(), unwatched.changed()))
         torch.testing.assert_close(found - 0.5, expected - 0.5, rtol=BOUND[types[0]], atol=1e-15)
 

@@ -21,9 +21,10 @@ from amos_dist import models
 from amos_dist.__main__ import main
 from amos_dist.models import PRESETS, Parameter, parameters_of
 from amos_dist.reference import MOMENTS
+from amos_dist.runs import scale_count
 from amos_dist.scaling import links
 from amos_dist.scaling.forecast import Model, Setting, forecast, forecast_of_rank
-from amos_dist.scaling.layout import Flat, Spread, entries_of_all
+from amos_dist.scaling.layout import Flat, Spread, entries_of_all, runs_of_all
 from amos_dist.scaling.report import sized, timed
 from amos_dist.state import state_sizes
 
@@ -169,6 +170,20 @@ def test_momentum_and_adam() -> None:
     assert found.most.state["step"] == 4
     assert found.adam == 2 * 4 * 4 + 4
     assert found.gradients == 15 * 4 and found.sent_of_gradients == 15 * 3
+
+
+def test_scales_of_momentum_in_8_bits() -> None:
+    """Of every rank as its pieces have them: with ends of rows, whole rows and beginnings of rows."""
+    shapes = [(3, 700), (1, 5), (70, 33), (11, 300), (900,), (2, 3, 256), (513, 1)]
+    model = Model([[Parameter(str(shape), shape) for shape in shapes]], "factored")
+    for zero in (1, 2, 3):
+        setting = Setting(zero, 7, torch.int8, sub_group_size=200)
+        flats = model.partitions(setting)
+        counted = [scale_count(piece for flat in flats for piece in flat.pieces(rank)) for rank in range(7)]
+        assert runs_of_all(flats, 7).tolist() == counted
+        each = [forecast_of_rank(model, setting, rank) for rank in range(7)]
+        assert [one.state["momentum_scale"] for one in each] == [4 * count for count in counted]
+        assert forecast(model, setting).state_of_all == sum(one.state_bytes for one in each)
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------
@@ -398,7 +413,7 @@ def test_nothing_travels_on_one_rank(monkeypatch: pytest.MonkeyPatch, capsys: py
         (["--zero", "0"], "--zero 0: '0' is no number from 1 to 3. Write"),
         (["--moments", "row,rows"], "moments='rows' is unknown. Use"),
         (["--momentum", "1.5"], "momentum=1.5 is out of range. It"),
-        (["--momentum", "0.9", "--momentum-dtype", "int8"], "momentum_dtype='int8' is not supported. Use"),
+        (["--momentum", "0.9", "--momentum-dtype", "int4"], "momentum_dtype='int4' is not supported. Use"),
         (["--dtype", "int8"], "--dtype int8: no such dtype. Give"),
         (["--sub-group-size", "-1"], "--sub-group-size -1: it cannot be negative. Give"),
         (["--rank", "8"], "--rank 8: not among 8 ranks. Give 0 to 7."),
