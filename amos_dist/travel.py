@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .sharding import Cut, Holders, Layout, Reduction, Shared, Shares, Tile, joined, neighbours
+from .sharding import Cut, Holders, Layout, Reduction, Shared, Shares, Tile, joined
 from .state import has_columns, has_rows
 
 
@@ -125,16 +125,18 @@ class Travel:
         self._partitions = [layout for layout in layouts if layout.is_partition and layout.cuts]
         self.places: dict[Name, int] = {}
         self._entries: list[Entry] = []
-        sections: dict[tuple[Any, ...], list[Entry]] = {}
+        sections: dict[tuple[tuple[Any, ...], bool], list[Entry]] = {}
         for entry in self._all(layouts, flagged, everyone):
             self._entries.append(entry)
-            sections.setdefault(() if entry.holders else entry.groups, []).append(entry)
-        found: dict[Any, list[tuple[int, int]]] = {group: [] for groups in sections for group in groups}
-        for groups in [*neighbours([groups for groups in sections if groups]), ()]:
+            section = () if entry.holders else entry.groups, entry.name[0] == INFINITE
+            sections.setdefault(section, []).append(entry)
+        found: dict[Any, list[tuple[int, int]]] = {group: [] for groups, _ in sections for group in groups}
+        # In the order of first use: a group has it on all of its ranks, whatever else travels on one of them.
+        for section in sorted(sections, key=lambda section: not section[0]):
             begin = space.used
-            for entry in sections.get(groups, ()):
+            for entry in sections[section]:
                 self.places[entry.name] = space.take(entry.size)
-            for group in groups:
+            for group in section[0]:
                 found[group].append((begin, space.used))
         self.ranges = {group: joined(some) for group, some in found.items()}
         self.shared = [(layout, self._take_columns(layout)) for layout in self._partitions]
@@ -167,12 +169,15 @@ class Travel:
 
     def facts(self, group: Any) -> list[str]:
         """What must be the same on all ranks of a process group: what it adds up."""
-        added = sum(end - begin for begin, end in self.ranges.get(group, ()))
-        found = [f"{added} numbers to be added up over ranks"] if added else []
+        added = [(e.name[0], e.name[2], e.size) for e in self._entries if group in e.groups and not e.holders]
+        found = []
+        if added:
+            added.sort(key=lambda one: one[0] == INFINITE)
+            found = [f"{sum(size for _, _, size in added)} numbers to be added up over ranks ({_digest(added)})"]
         for layout in self._partitions:
             if group in layout.groups:
-                cuts = hashlib.sha256(repr([(cut, self._kinds[cut.key]) for cut in layout.cuts]).encode())
-                found.append(f"{len(layout.cuts)} parameters on several ranks ({cuts.hexdigest()[:8]})")
+                cuts = _digest([(cut, self._kinds[cut.key]) for cut in layout.cuts])
+                found.append(f"{len(layout.cuts)} parameters on several ranks ({cuts})")
         return found
 
     @property
@@ -239,6 +244,10 @@ class Travel:
         return max((2 if self._kinds[cut.key] == "column" else 1 for cut in cuts), default=0)
 
 
+def _digest(what: object) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:8]
+
+
 MOST_WAVES = 8
 # In a wave: less takes no longer than the latencies of its messages (docs/scaling.md). From one rank to the next goes a
 # part for each rank.
@@ -248,24 +257,21 @@ LEAST_NUMBERS, LEAST_FOR_A_RANK = 1 << 21, 1 << 12
 def waves(layouts: Sequence[Layout], kinds: dict[int, str]) -> list[list[Layout]]:
     """What travels together: few waves, so that one is under way while others are worked on.
 
-    Each process group finds the same in the same order on all of its ranks, whatever else travels on one of them: what
-    goes over the same groups is split by itself. The first part of each is in the first wave, the others follow.
+    Each process group finds the same in the same wave on all of its ranks, whatever else travels on one of them: what
+    goes over the same groups is split by itself, and a wave has one part of each.
     """
     alike: dict[tuple[Any, ...], list[tuple[int, int, int]]] = {}
     for number, layout in enumerate(layouts):
         for key, size in _sizes(layout, kinds):
             alike.setdefault(layout.groups, []).append((number, key, size))
-    first: list[tuple[int, int, int]] = []
-    others: list[list[tuple[int, int, int]]] = []
+    parts: list[list[list[tuple[int, int, int]]]] = []
     for items in alike.values():
         least = max(LEAST_NUMBERS, LEAST_FOR_A_RANK * max(layouts[number].ranks for number, _, _ in items))
-        (begin, end), *later = split([size for _, _, size in items], least)
-        first += items[begin:end]
-        others += [items[begin:end] for begin, end in later]
+        parts.append([items[begin:end] for begin, end in split([size for _, _, size in items], least)])
     result = []
-    for items in [first, *others] if first else []:
+    for some in itertools.zip_longest(*parts, fillvalue=[]):
         keys: dict[int, set[int]] = {}
-        for number, key, _ in items:
+        for number, key, _ in itertools.chain(*some):
             keys.setdefault(number, set()).add(key)
         result.append([_only(layouts[number], some) for number, some in keys.items()])
     return result

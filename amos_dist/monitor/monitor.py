@@ -185,22 +185,32 @@ class Monitor:
 
         One collective for each process group. What is added up over several is in as many, one after another.
         """
-        device = plan.launches[0].device
-        count = len(self.optimizer._originals)
-        sections: dict[tuple[Any, ...], Tensor] = {}
+        device, count = plan.launches[0].device, len(self.optimizer._originals)
+        keys: dict[tuple[Any, ...], list[int]] = {}  # the same parameters, in the same order, on all ranks of a group
         for member in plan.members:
-            if member.layout.groups not in sections:
-                sections[member.layout.groups] = torch.zeros(count, WIDTH, dtype=torch.float64, device=device)
+            layout = member.layout
+            if layout.tile is not None and layout.groups:  # other ranks may have others beside them
+                keys.setdefault(layout.groups, []).append(layout.tile.key)
+            else:
+                keys[layout.groups] = list(range(count))
+        sections = {
+            groups: torch.zeros(len(some), WIDTH, dtype=torch.float64, device=device) for groups, some in keys.items()
+        }
         for launch in plan.launches:
             probe = self._probe(launch)
             for groups, rows in probe.rows_by_groups(launch).items():
-                sections[groups][probe.keys[rows].to(device)] = probe.result[rows].to(device)
+                places = {key: place for place, key in enumerate(keys[groups])}
+                here = [places[key] for key in probe.keys[rows].tolist()]
+                sections[groups][torch.tensor(here, device=device)] = probe.result[rows].to(device)
         for group in dict.fromkeys(group for groups in sections for group in groups):
-            sent = torch.cat([section for groups, section in sections.items() if group in groups])
+            some = [groups for groups in sections if group in groups]
+            sent = torch.cat([sections[groups] for groups in some])
             Pending(sent, group).wait()
-            parts = iter(sent.split(count))
-            sections |= {groups: next(parts) for groups in sections if group in groups}
-        return torch.stack(list(sections.values())).sum(0)
+            sections |= dict(zip(some, sent.split([len(keys[groups]) for groups in some]), strict=True))
+        numbers = torch.zeros(count, WIDTH, dtype=torch.float64, device=device)
+        for groups, section in sections.items():
+            numbers.index_add_(0, torch.tensor(keys[groups], dtype=torch.int64, device=device), section)
+        return numbers
 
     def _settle(self, everything: bool) -> None:
         """Writes what is here; everything: what is not, too."""

@@ -11,7 +11,7 @@ from . import dtensor, whole, zero
 from .holders import Holders, Shared
 from .layout import Cut, Layout, Original
 from .piece import Block, Piece, Tile
-from .reduce import Pending, Reduction, disagreement, joined, neighbours
+from .reduce import Pending, Reduction, disagreement, joined
 from .shares import Shares
 from .whole import followers
 
@@ -32,7 +32,6 @@ __all__ = [
     "followers",
     "joined",
     "layout_of",
-    "neighbours",
     "refuse_unknown",
 ]
 

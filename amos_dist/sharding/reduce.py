@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,21 +89,6 @@ class Adding:
     def wait(self) -> None:
         self._pending.wait()
         self._then()
-
-
-def neighbours(sections: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """An order of the sections of a buffer in which the sections of each process group follow each other, if any does.
-
-    Args:
-        sections: for each, the groups over which it is added up, in the order of first use, which is that of all ranks.
-    """
-
-    def breaks(order: Iterable[tuple[Any, ...]]) -> int:
-        pairs = itertools.pairwise([(), *order])
-        return sum(group not in before for before, groups in pairs for group in groups)
-
-    few = len(sections) <= 6  # all orders are tried; a buffer for two dimensions of a mesh has three sections
-    return list(min(itertools.permutations(sections), key=breaks) if few else sections)
 
 
 def joined(ranges: Sequence[Range]) -> list[Range]:

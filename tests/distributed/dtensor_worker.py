@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -422,6 +422,35 @@ def experts(case: dict[str, Any]) -> dict[str, Any]:
     return {"steps": steps, "skipped": optimizer.skipped_steps}
 
 
+def unequal(case: dict[str, Any]) -> dict[str, Any]:
+    """Ranks 0 and 1 cut an expert, before or behind what all ranks cut, and a monitor watches."""
+    everybody, few = (DeviceMesh("cpu", list(range(size))) for size in (dist.get_world_size(), 2))
+    here = few.get_coordinate() is not None
+    shapes = {"expert": (8, 3), "dense": (12, 5), "other": (7, 4)}
+    names = [name for name in sorted(shapes, reverse=case["last"]) if here or name != "expert"]
+    full = {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) for name, shape in shapes.items()
+    }
+    params = {
+        name: nn.Parameter(distribute_tensor(full[name].clone(), few if name == "expert" else everybody, [Shard(0)]))
+        for name in names
+    }
+    optimizer = amos_dist.Amos(list(params.items()), **case["params"])
+    monitor = amos_dist.Monitor(optimizer, every=1)
+    states: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for step in range(3):
+        for name in names:
+            grad = torch.randn(shapes[name], generator=torch.Generator().manual_seed(10 * step + len(name)))
+            params[name].grad = distribute_tensor(grad.clone(), params[name].device_mesh, [Shard(0)])
+            amos_step(full[name], grad, states[name], moments="factored", **case["params"])
+        optimizer.step()
+    worst = worst_of({name: relative(whole(param), full[name]) for name, param in params.items()})
+    seen = monitor.last
+    assert seen is not None
+    norms = {name: seen.values[name]["update_norm"] for name in names}
+    return {**worst, "skipped": optimizer.skipped_steps, "norms": norms}
+
+
 def early(case: dict[str, Any]) -> dict[str, Any]:
     """Groups that were made before the model was sharded follow its parameters."""
     model = make_model()
@@ -436,5 +465,21 @@ def early(case: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    do = (train, synthetic, save, load, refuse, differ, dry, again, follow, lonely, scaled, stale, experts, early)
+    do = (
+        train,
+        synthetic,
+        save,
+        load,
+        refuse,
+        differ,
+        dry,
+        again,
+        follow,
+        lonely,
+        scaled,
+        stale,
+        experts,
+        unequal,
+        early,
+    )
     serve({each.__name__: each for each in do})

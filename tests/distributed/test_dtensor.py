@@ -6,6 +6,7 @@ Each number of ranks is one run of dtensor_worker.py over all its cases, since s
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,10 @@ MORE = [
     case("fsdp", "experts", do="experts", params=AUTO),
 ]
 
+UNEQUAL = [
+    case("fsdp", f"unequal, {'last' if last else 'first'}", do="unequal", last=last, params=AUTO) for last in (0, 1)
+]
+
 SCALED = {
     2: [case("fsdp", "scaled", do="scaled", steps=4)],
     4: [case("fsdp tp", name, do="scaled", steps=4, unscale=name != "scaled") for name in ("scaled", "unscaled")],
@@ -183,6 +188,8 @@ def results(ranks: int) -> list[dict[str, Any]]:
         *UNSCALED.get(ranks, ()),
         *(synthetic(ranks) if ranks > 1 else ()),
     ]
+    if ranks == 3:
+        cases += UNEQUAL
     if ranks == 2:
         cases += [*checkpoints(2, "save"), *DIFFER, *DRY, *MORE]
     else:
@@ -348,6 +355,17 @@ def test_without_a_scaler_too(ranks: int, wanted: dict[str, Any]) -> None:
         assert not raises or got["errors"][1].startswith(f"{what} is not finite")
         found, groups = {len(calls) for calls in got["calls"]}, 2 if ranks == 4 else 1
         assert min(found) > 2 * groups if "waves" in wanted else found == {groups}
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize("name", [case["name"] for case in UNEQUAL])
+def test_some_ranks_cut_more_than_others(name: str) -> None:
+    """In another order than what all cut: each sum is added to its like, and so are a monitor's numbers."""
+    found = [rank[name] for rank in results(3)]
+    for got in found:
+        assert got["skipped"] == 0 and got["worst"] <= TOLERANCE, got
+        assert all(math.isclose(found[0]["norms"][key], norm) for key, norm in got["norms"].items())
+    assert [sorted(got["norms"]) for got in found] == [["dense", "expert", "other"]] * 2 + [["dense", "other"]]
 
 
 @pytest.mark.timeout(450)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
 from amos_dist import travel
 from amos_dist.sharding import Cut, Layout, Tile, reduce
-from amos_dist.sharding.reduce import Reduction, joined, neighbours
+from amos_dist.sharding.reduce import Reduction, joined
 from amos_dist.travel import COLUMNS, SHARE, Space, Travel
 from amos_dist.wave import UNDER_WAY, settle, waves_of
 
@@ -37,16 +38,10 @@ class FakePending:
         self.tensor.copy_(self.result)
 
 
-def breaks(order: list[tuple[int, ...]]) -> int:
-    """How many ranges the groups have together."""
-    return sum(len(joined([(i, i + 1) for i, some in enumerate(order) if g in some])) for g in (A, B, C, D))
-
-
 @pytest.mark.parametrize("name", SECTIONS)
 def test_each_number_is_added_up_once_over_each_of_its_groups(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reduce, "Pending", FakePending)
-    order = neighbours(SECTIONS[name])
-    assert sorted(order) == sorted(SECTIONS[name])
+    order = SECTIONS[name]
     groups = list(dict.fromkeys(group for some in SECTIONS[name] for group in some))
     ranges = {g: joined([(3 * i, 3 * i + 3) for i, some in enumerate(order) if g in some]) for g in groups}
     vector = torch.ones(3 * len(order) + 2)
@@ -55,12 +50,6 @@ def test_each_number_is_added_up_once_over_each_of_its_groups(name: str, monkeyp
     expected = [float(torch.tensor(some).prod()) for some in order for _ in range(3)]
     assert vector.tolist() == [*expected, 1.0, 1.0]
     assert FakePending.calls == len(groups)
-
-
-@pytest.mark.parametrize("name", ["FSDP", "FSDP and TP", "found last", "a chain"])
-def test_groups_of_a_mesh_find_their_numbers_side_by_side(name: str) -> None:
-    order = neighbours(SECTIONS[name])
-    assert breaks(order) == len({group for some in order for group in some})
 
 
 def tiles(*kinds: str) -> tuple[list[Layout], dict[int, str]]:
@@ -77,9 +66,9 @@ def tiles(*kinds: str) -> tuple[list[Layout], dict[int, str]]:
 def test_what_travels_for_a_tile(kind: str, over_a: int, over_b: int) -> None:
     layouts, kinds = tiles(kind, kind)
     found = Travel(layouts, kinds, Space(), flagged=layouts)
-    assert found.facts(A) == [f"{2 * over_a} numbers to be added up over ranks"]
-    assert found.facts(B) == [f"{2 * over_b} numbers to be added up over ranks"]
-    assert all(len(ranges) == 1 for ranges in found.ranges.values())
+    for group, count in ((A, over_a), (B, over_b)):
+        assert found.facts(group)[0].startswith(f"{2 * count} numbers to be added up over ranks")
+        assert sum(end - begin for begin, end in found.ranges[group]) == 2 * count
 
 
 def test_a_step_begins_with_zeros_and_flags() -> None:
@@ -103,7 +92,7 @@ def test_shared_columns_begin_with_zeros() -> None:
     assert not work[0].any()
     whole, mine = found.places[COLUMNS, 0, 0], found.places[SHARE, 0, 0]
     assert (mine - whole, found.size - mine) == (6, 3)  # for two ranks three columns each
-    assert found.facts("ranks")[0] == "2 numbers to be added up over ranks"  # for the mean
+    assert found.facts("ranks")[0].startswith("2 numbers to be added up over ranks")  # for the mean
 
 
 def test_a_tile_is_one_block_or_none() -> None:
@@ -131,28 +120,36 @@ def test_few_waves_cover_all(sizes: list[int], least: int) -> None:
     assert len(ranges) > 1 or sum(sizes) < 2 * least or len(sizes) < 2
 
 
-@pytest.mark.parametrize("experts", [0, 1, 10])
-def test_a_group_finds_the_same_waves_whatever_else_travels_on_its_ranks(
-    experts: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("before", [0, 1, 5])
+@pytest.mark.parametrize("behind", [0, 1, 5])
+def test_a_group_finds_the_same_whatever_else_travels_on_its_ranks(
+    before: int, behind: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ranks of A have experts of their own, over B or over C: dense parameters are at other places in their lists."""
-    monkeypatch.setattr(travel, "LEAST_NUMBERS", 10)
+    """Ranks of A have experts of their own, over B or over C, before and behind the parameters that all cut."""
+    monkeypatch.setattr(travel, "LEAST_NUMBERS", 6)
     monkeypatch.setattr(travel, "LEAST_FOR_A_RANK", 0)
 
-    def facts(groups: tuple[int, ...], count: int) -> list[list[str]]:
+    def told(groups: tuple[int, ...], before: int, behind: int) -> list[tuple[list[str], list[Any]]]:
+        """By wave: the facts, and what A's vector is made of, in order."""
         dense = tiles(*["row"] * 6)[0]
-        for layout in dense:
-            layout.groups = layout.row_groups = (A,)
-        own = [Layout([Tile(10 + i, 500, 3, 250, 3)], groups, row_groups=groups) for i in range(count)]
-        layouts = [*own[: count // 2], *dense[:3], *own[count // 2 :], *dense[3:]]
+        for number, layout in enumerate(dense):
+            layout.groups = layout.row_groups = (A,) if number % 2 else (A, D)
+        own = [Layout([Tile(10 + i, 500, 3, 250, 3)], groups, row_groups=groups) for i in range(before + behind)]
+        layouts = [*own[:before], *dense, *own[before:]]
         kinds = {layout.pieces[0].key: "row" for layout in layouts}
         everyone = tuple(dict.fromkeys(group for layout in layouts for group in layout.groups))
         parts = waves_of(layouts, kinds, everyone)
         assert sorted(key for part in parts for key in part.keys) == sorted(kinds)
-        return [some for part in parts if (some := part.travel.facts(A))]
+        found = []
+        for places, ranges, facts in ((p.travel.places, p.travel.ranges.get(A, []), p.travel.facts(A)) for p in parts):
+            inside = {at: name for name, at in places.items() if any(begin <= at < end for begin, end in ranges)}
+            found.append((facts, [inside[at] for at in sorted(inside)]))
+        while not found[-1][0]:
+            found.pop()
+        return found
 
-    assert facts((B,), experts) == facts((C,), 2)
-    assert len(facts((B,), experts)) > 1
+    assert told((B,), before, behind) == told((C,), 0, 2) == told((A, B), 0, 0)
+    assert len(told((B,), before, behind)) > 1 and all(facts for facts, _ in told((B,), before, behind))
 
 
 def test_more_ranks_take_fewer_waves() -> None:
