@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -109,7 +109,12 @@ def _activations_read(model: nn.Module) -> dict[int, str]:
     """
     found: dict[int, str] = {}
     for parent in model.modules():
-        found |= {id(child): type(before).__name__ for before, child in _in_turn(parent) if _is_activation(before)}
+        before: nn.Module | None = None
+        for child in parent.children():
+            if before is not None and _is_activation(before):
+                found[id(child)] = type(before).__name__
+            if not isinstance(child, _PASS):
+                before = child
         if id(parent) in found:
             for wrapper in names.WRAPPERS & dict(parent.named_children()).keys():
                 found[id(getattr(parent, wrapper))] = found[id(parent)]
@@ -119,25 +124,34 @@ def _activations_read(model: nn.Module) -> dict[int, str]:
 def _beside_recurrent(model: nn.Module) -> dict[int, str]:
     """The class of the recurrent net beside modules, by id(module), as far as the order of registration tells.
 
-    It is registered before a Linear or another recurrent net, or after an embedding.
+    Embeddings are before it, Linears and other recurrent nets after it, with nothing else between, and of its width.
     """
-    found = {}
-    for before, child in (pair for parent in model.modules() for pair in _in_turn(parent)):
-        if isinstance(before, _RECURRENT) and isinstance(child, (nn.Linear, *_RECURRENT)):
-            found[id(child)] = type(before).__name__
-        if isinstance(before, _EMBEDDING) and isinstance(child, _RECURRENT):
-            found[id(before)] = found[id(child)] = type(child).__name__
+    found: dict[int, str] = {}
+    for parent in model.modules():
+        embeddings: list[nn.Module] = []
+        net: nn.Module | None = None
+        made: set[int] = set()  # widths of Linears since then: what has them reads these
+        for child in parent.children():
+            if isinstance(child, _EMBEDDING):
+                embeddings.append(child)
+                net = None
+            elif isinstance(child, _RECURRENT):
+                read = [each for each in embeddings if each.embedding_dim == child.input_size]
+                if read or (net is not None and child.input_size in _hidden_widths(net)):
+                    found |= {id(each): type(child).__name__ for each in (*read, child)}
+                net, made = child, set()
+            elif isinstance(child, nn.Linear) and net is not None:
+                if child.in_features in _hidden_widths(net) - made:
+                    found[id(child)] = type(net).__name__
+                made.add(child.out_features)
+            elif not isinstance(child, _PASS):
+                embeddings, net = [], None
     return found
 
 
-def _in_turn(parent: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """The modules in it, each with the one registered before it, pooling and dropout aside."""
-    before: nn.Module | None = None
-    for child in parent.children():
-        if before is not None:
-            yield before, child
-        if not isinstance(child, _PASS):
-            before = child
+def _hidden_widths(net: Any) -> set[int]:
+    width = getattr(net, "proj_size", 0) or net.hidden_size
+    return {width, 2 * width} if getattr(net, "bidirectional", False) else {width}
 
 
 def _is_activation(module: nn.Module) -> bool:

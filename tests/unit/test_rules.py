@@ -102,10 +102,10 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"weight_ih_l0": root(1 / 5), "weight_hh_l0": 3**-0.25, "weight_hr_l0": 7**-0.25},
     ),
     "cells": (
-        lambda: nn.Sequential(nn.LSTMCell(5, 7, bias=False), nn.GRUCell(4, 6, bias=False), nn.RNNCell(3, 2)),
+        lambda: nn.Sequential(nn.LSTMCell(5, 7, bias=False), nn.GRUCell(4, 6, bias=False), nn.RNNCell(6, 2)),
         {
-            "0.weight_ih": root(1 / 5), "0.weight_hh": 7**-0.25, "1.weight_ih": 4**-0.25,
-            "1.weight_hh": 6**-0.25, "2.weight_ih": 3**-0.25, "2.weight_hh": 2**-0.25, "2.bias_ih": 0.5,
+            "0.weight_ih": root(1 / 5), "0.weight_hh": 7**-0.25, "1.weight_ih": root(1 / 4),
+            "1.weight_hh": 6**-0.25, "2.weight_ih": 6**-0.25, "2.weight_hh": 2**-0.25, "2.bias_ih": 0.5,
             "2.bias_hh": 0.5,
         },
     ),
@@ -121,6 +121,35 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         {
             "0.weight": 5**-0.25, "2.weight_ih_l0": 5**-0.25, "2.weight_hh_l0": 7**-0.25, "2.weight_ih_l1": 7**-0.25,
             "2.weight_hh_l1": 7**-0.25, "4.weight": 7**-0.25, "4.bias": 0.5, "5.weight": root(1 / 50), "5.bias": 0.5,
+        },
+    ),
+    "two heads": (
+        lambda: nn.Sequential(
+            nn.Embedding(9, 4),
+            nn.Embedding(3, 4),
+            nn.GRU(4, 6, bidirectional=True, bias=False),
+            nn.Linear(12, 3, bias=False),
+            nn.Linear(12, 1, bias=False),
+        ),
+        {
+            "0.weight": 4**-0.25, "1.weight": 4**-0.25, "2.weight_ih_l0": 4**-0.25, "2.weight_hh_l0": 6**-0.25,
+            "2.weight_ih_l0_reverse": 4**-0.25, "2.weight_hh_l0_reverse": 6**-0.25, "3.weight": 12**-0.25,
+            "4.weight": 12**-0.25,
+        },
+    ),
+    "what does not read a recurrent net": (
+        lambda: nn.Sequential(
+            nn.LSTM(4, 6, bias=False),
+            nn.LSTM(5, 6, bias=False),
+            nn.Linear(20, 6, bias=False),
+            nn.Linear(6, 2, bias=False),
+            nn.Embedding(9, 3),
+            nn.RNN(2, 2, bias=False),
+        ),
+        {
+            "0.weight_ih_l0": root(1 / 4), "0.weight_hh_l0": 6**-0.25, "1.weight_ih_l0": root(1 / 5),
+            "1.weight_hh_l0": 6**-0.25, "2.weight": root(1 / 20), "3.weight": root(1 / 6), "4.weight": root(2 / 3),
+            "5.weight_ih_l0": root(1 / 2), "5.weight_hh_l0": 2**-0.25,
         },
     ),
     "embedding before another module": (
