@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.distributed as dist
 
-from . import dtensor, whole, zero
+from . import dtensor, elsewhere, whole, zero
+from .elsewhere import FINDERS
 from .holders import Holders, Shared
 from .layout import Cut, Layout, Original
 from .piece import Block, Piece, Tile
@@ -35,10 +33,6 @@ __all__ = [
     "refuse_unknown",
 ]
 
-# Other frameworks' (docs/sharding.md), asked first: called with a tensor of a parameter group and the parameters with
-# which that group was made, each returns None where the tensor is none of its own.
-FINDERS: list[Callable[[torch.Tensor, list[Original]], Layout | None]] = []
-
 
 def refuse_unknown(param: torch.Tensor, name: str) -> None:
     """Raises:
@@ -65,7 +59,7 @@ def layout_of(
         RuntimeError: the tensor is neither one of them nor a partition of them.
     """
     layout = (
-        _found_elsewhere(tensor, originals)
+        elsewhere.find(tensor, originals)
         or whole.find(tensor, originals)
         or zero.find(tensor, originals, everywhere, alone=count == 1)
         or whole.find_clone(tensor, index, originals)
@@ -76,14 +70,4 @@ def layout_of(
             "group's parameters nor a partition of them that amos_dist knows. "
             "Use plain torch, DDP, FSDP2 or DeepSpeed ZeRO 0 to 3, and do not replace `params` of a group by hand."
         )
-    return layout
-
-
-def _found_elsewhere(tensor: torch.Tensor, originals: list[Original]) -> Layout | None:
-    """By one of FINDERS."""
-    layout = next(filter(None, (find(tensor, originals) for find in FINDERS)), None)
-    if layout is not None and layout.is_partition and not layout.fault:
-        group = layout.fellows[0]
-        if wrong := layout.contradiction(dist.get_rank(group), dist.get_world_size(group)):
-            layout.fault = f"a function in sharding.FINDERS contradicts itself: {wrong}. See docs/sharding.md."
     return layout

@@ -94,20 +94,6 @@ class Layout:
         """Whether the tensor is one rank's part of several parameters, laid out flat: ZeRO's stages 1 to 3."""
         return bool(self.fellows) and self.tile is None
 
-    def contradiction(self, rank: int, ranks: int) -> str:
-        """Why a flat partition cannot be that of `rank` of `ranks`; "" if nothing speaks against it."""
-        if (self.rank, self.ranks) != (rank, ranks):
-            return f"its layout is of rank {self.rank} of {self.ranks}, but this is rank {rank} of {ranks}"
-        shares = {cut.key: cut.share_of(rank) for cut in self.cuts}
-        for piece in self.pieces:
-            if piece.share != (share := shares.get(piece.key)):
-                return f"its piece of parameter {piece.key} has {piece.share} for its share of columns, not {share}"
-        here = {piece.key for piece in self.pieces if isinstance(piece, Piece) and piece.length}
-        for cut in self.cuts:
-            if cut.holders.stop > ranks or (cut.key in here) != (rank in cut.holders):
-                return f"parameter {cut.key} is cut between {cut.holders} of {ranks}, but its pieces say otherwise"
-        return ""
-
     @property
     def tile(self) -> Tile | None:
         """What a DTensor holds; None for any other tensor."""

@@ -17,7 +17,8 @@ from amos_dist import travel
 from amos_dist.member import Member
 from amos_dist.plan import Plan
 from amos_dist.reference import amos_step
-from amos_dist.sharding import Layout, Piece, holders, reduce, shares
+from amos_dist.sharding import Layout, Original, Piece, holders, reduce, shares
+from amos_dist.sharding.elsewhere import contradiction
 from amos_dist.sharding.layout import Cut
 from amos_dist.state import state_sizes
 from amos_dist.tables import Constants
@@ -273,11 +274,24 @@ def test_simulated_ranks(
     assert least < 1000 or ranks.calls <= len(flat_grads)
 
 
+def originals_of(shapes: list[tuple[int, int]]) -> list[Original]:
+    """Of two dimensions, one of which is that of rows."""
+    return [
+        Original(key, f"p{key}", 0, key, torch.empty(shape, device="meta"), shape, 1, trainable=True)
+        for key, shape in enumerate(shapes)
+    ]
+
+
 @pytest.mark.parametrize("shard", [shard, parts], ids=["zero 2", "zero 3"])
-def test_layouts_do_not_contradict_themselves(shard: Any) -> None:
+@pytest.mark.parametrize("size", [2, 3, 9])
+def test_layouts_do_not_contradict_themselves(size: int, shard: Any) -> None:
     flat = torch.zeros(sum(rows * cols for rows, cols in SHAPES))
-    for rank in range(3):
-        assert shard(rank, Ranks(3), ["row"] * len(SHAPES), flat)[1].contradiction(rank, 3) == ""
+    for rank in range(size):
+        _, layout = shard(rank, Ranks(size), ["row"] * len(SHAPES), flat)
+        layout.cuts = [cut for cut in layout.cuts if cut.borders]
+        cut_keys = {cut.key for cut in layout.cuts}
+        layout.pieces = [replace(p, share=p.share if p.key in cut_keys else None) for p in layout.pieces]  # type: ignore[type-var]
+        assert contradiction(layout, -(-flat.numel() // size) * size, originals_of(SHAPES), rank, size) == ""
 
 
 @pytest.mark.parametrize(
@@ -286,10 +300,20 @@ def test_layouts_do_not_contradict_themselves(shard: Any) -> None:
         ({}, {}, {}, ""),
         ({"rank": 0}, {}, {}, "of rank 0 of 3, but this is rank 1 of 3"),
         ({"ranks": 1}, {}, {}, "of rank 1 of 1, but this is rank 1 of 3"),
-        ({}, {"share": None}, {}, "None for its share of columns, not range(3, 6)"),
-        ({}, {}, {"everybody": 3}, "range(3, 6) for its share of columns, not range(2, 4)"),
-        ({"pieces": []}, {}, {}, "but its pieces say otherwise"),
-        ({}, {}, {"borders": (5, 10, 15), "everybody": 2}, "but its pieces say otherwise"),
+        ({"fellows": ()}, {}, {}, "one process group, in `groups` and in `fellows`"),
+        ({"cuts": []}, {"share": None}, {}, "12 elements from 12 on, expected (0, 24)"),
+        ({"pieces": []}, {}, {}, "no piece of 'p0', of which this rank holds elements or keeps columns"),
+        ({}, {"key": 1}, {}, "a Piece is of parameter 1 as 4 x 6, which there is not"),
+        ({}, {"rows": 6, "cols": 4}, {}, "a Piece is of parameter 0 as 6 x 4, which there is not"),
+        ({}, {"start": 11}, {}, "12 elements from 11 on, expected (12, 24)"),
+        ({}, {"length": 11}, {}, "11 elements from 12 on, expected (12, 24)"),
+        ({}, {"offset": 3}, {}, "at 3 overlaps another one, or ends behind the tensor's 14"),
+        ({}, {"share": None}, {}, "None for its share of columns, expected range(3, 6)"),
+        ({}, {}, {"rows": 3}, "a Cut is of parameter 0 as 3 x 6, which there is not"),
+        ({}, {}, {"everybody": 3}, "range(3, 6) for its share of columns, expected range(2, 4)"),
+        ({}, {}, {"everybody": 2}, "is cut between the ranks [0, 1] (everybody=2), of 3"),
+        ({}, {}, {"first": 2}, "is cut between the ranks [2, 3] (everybody=0), of 3"),
+        ({}, {}, {"borders": (12, 12)}, "has borders [12, 12], which do not ascend between 0 and 24"),
     ],
 )
 def test_a_layout_that_contradicts_itself(
@@ -299,4 +323,11 @@ def test_a_layout_that_contradicts_itself(
     piece = replace(Piece(0, 4, 6, 12, 12, 0, range(3, 6)), **of_piece)
     cut = replace(Cut(0, 4, 6, (12,)), **of_cut)
     layout = replace(Layout([piece], ("ranks",), ("ranks",), [cut], rank=1, ranks=3), **of_layout)
-    assert layout.contradiction(1, 3).endswith(expected) and bool(layout.contradiction(1, 3)) == bool(expected)
+    found = contradiction(layout, 14, originals_of([(4, 6)]), 1, 3)
+    assert found.endswith(expected) and bool(found) == bool(expected)
+
+
+def test_a_piece_that_is_there_twice() -> None:
+    whole = Piece(0, 4, 6, 0, 24, 0)
+    twice = Layout([whole, replace(whole, offset=24)])
+    assert "overlaps another one" in contradiction(twice, 48, originals_of([(4, 6)]), 0, 1)
