@@ -78,7 +78,11 @@ def decay_after(steps: float, lr: float, *, c_coef: float = 0.25) -> float:
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}={value!r} is out of range. Give a finite number, 0 or more.")
     low, high = 0.0, LARGEST
-    if _steps_until(high, lr, c_coef) < steps:
+    try:
+        most = _steps_until(high, lr, c_coef)
+    except ArithmeticError:
+        raise ValueError(f"lr={lr!r} is out of range. Give that of the training, such as 0.01.") from None
+    if most < steps:
         raise ValueError(
             f"steps={steps!r} at lr={lr!r} bring b beyond what float32 can hold. "
             "Give fewer steps, or the lr that the training really had."

@@ -20,10 +20,17 @@ prefix=$(dirname "$(dirname "$(command -v mpirun)")")
 agent=$root/out/mpi_ssh.sh
 cat >"$agent" <<END
 #!/bin/sh
-[ "\$1" != -x ] || shift  # MPICH's
+options=
+while :; do  # MPICH's, before the host
+    case \$1 in
+    -[xX]) options="\$options \$1"; shift ;;
+    -[lp]) options="\$options \$1 \$2"; shift 2 ;;
+    *) break ;;
+    esac
+done
 host=\$1
 shift
-exec ssh $ssh_options "\$host" "OPAL_PREFIX=$prefix PRTE_PREFIX=$prefix PMIX_PREFIX=$prefix PATH=$prefix/bin:\\\$PATH; export OPAL_PREFIX PRTE_PREFIX PMIX_PREFIX PATH; \$*"
+exec ssh $ssh_options \$options "\$host" "OPAL_PREFIX=$prefix PRTE_PREFIX=$prefix PMIX_PREFIX=$prefix PATH=$prefix/bin:\\\$PATH; export OPAL_PREFIX PRTE_PREFIX PMIX_PREFIX PATH; \$*"
 END
 chmod +x "$agent"
 

@@ -87,7 +87,8 @@ def test_daemons_of_both_mpis_are_started(tmp_path: Path) -> None:
     path = f"{tmp_path}:{os.environ['PATH']}"
     said = script("mpirun.sh", "--dry-run", PYTHON=str(tmp_path / "python"), PATH=path)
     assert "--launcher mpich" in said
-    for words in (["-x", "node1", "daemon", "--port"], ["node1", "daemon", "--port"]):
+    for options in (["-x"], [], ["-X", "-l", "me"]):
+        words = [*options, "node1", "daemon", "--port"]
         agent = [ROOT / "out" / "mpi_ssh.sh", *words]
         found = subprocess.run(agent, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True)
         assert found.stdout.startswith("node1: OPAL_PREFIX=") and found.stdout.endswith("; daemon --port\n")
