@@ -427,7 +427,9 @@ def unequal(case: dict[str, Any]) -> dict[str, Any]:
     everybody, few = (DeviceMesh("cpu", list(range(size))) for size in (dist.get_world_size(), 2))
     here = few.get_coordinate() is not None
     shapes = {"expert": (8, 3), "dense": (12, 5), "other": (7, 4)}
-    names = [name for name in sorted(shapes, reverse=case["last"]) if here or name != "expert"]
+    names = ["dense", "other"]
+    if here:
+        names.insert(2 if case["last"] else 0, "expert")
     full = {
         name: torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) for name, shape in shapes.items()
     }
