@@ -150,6 +150,10 @@ class Oracle:
                 tall = 5 + param.numel() / 500
                 # A step that is skipped may have made state, and taken weights that were written into the master.
                 state = {k: v for k, v in state.items() if k in expected or (k != "master" and bool(v.any()))}
+                if "momentum_scale" in expected and "momentum_scale" not in state:
+                    # Loaded, and not stepped since: float32, of the very numbers that the 8 bits had.
+                    levels, state["momentum_scale"] = nearest_int8(state["momentum"].reshape(-1).float())
+                    state["momentum"] = levels.view(state["momentum"].shape)
                 follow_weights(state, param.detach())
                 follow_weights(expected, copy)
                 tolerance = Tolerance(table.param * (1 if param.dtype in LOW else tall), table.state * tall)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amos_dist.reference import RUN, widened_int8
 from amos_dist.sharding.dtensor import local_of
 
 # A sentence, and a second one that says what to do.
@@ -55,16 +56,28 @@ def bits(tensor: Tensor) -> bytes:
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> Any:
-    """All that an optimizer can change. State that was made and has not moved is none."""
+    """All that an optimizer can change. State that was made and has not moved is none.
+
+    Momentum of 8 bits is shown in float32, as it is between load_state_dict and the next step.
+    """
     groups, params, states = [], [], []
     for group in optimizer.param_groups:
         groups.append({key: frozen(value) for key, value in group.items() if key != "params"})
         for param in group["params"]:
             state = optimizer.state.get(param, {})
             params.append(bits(param))
-            moved = {key: frozen(value) for key, value in state.items()}
+            moved = {key: frozen(value) for key, value in _widened(state).items()}
             states.append(moved if state and _has_moved(state) else {})
     return groups, params, states
+
+
+def _widened(state: dict[str, Any]) -> dict[str, Any]:
+    """The same with momentum in float32, where its runs are those of a whole parameter."""
+    levels, scale = state.get("momentum"), state.get("momentum_scale")
+    if levels is None or scale is None or scale.numel() != -(-levels.numel() // RUN):
+        return state
+    wide = widened_int8(levels.view(-1), scale).view(levels.shape)
+    return {key: value for key, value in state.items() if key != "momentum_scale"} | {"momentum": wide}
 
 
 def frozen(value: Any) -> Any:

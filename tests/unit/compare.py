@@ -86,7 +86,8 @@ def assert_same_in_eight_bits(state: dict[str, Any], expected: dict[str, Any], w
     unit = widened_int8(torch.ones_like(levels), other)
     apart = (widened_int8(levels, scale) - widened_int8(wanted, other)).abs() / unit
     assert not bool((apart > 1.01).any()), f"{where}, momentum"
-    assert int((levels != wanted).sum()) <= 1 + 0.02 * levels.numel(), f"{where}, momentum"
+    # A scale that is NaN makes any level NaN.
+    assert int(((levels != wanted) & ~unit.isnan()).sum()) <= 1 + 0.02 * levels.numel(), f"{where}, momentum"
 
 
 def follow(
