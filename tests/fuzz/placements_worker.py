@@ -41,7 +41,7 @@ def compare(sharded: Amos, alone: Amos, oracle: Oracle, what: str) -> list[str]:
         expected = {"": oracle.params[number], **oracle.states[number]}
         if not other.numel() or len(expected) == 1:
             continue
-        bound = TOLERANCES[other.dtype]
+        bound = TOLERANCES[other.dtype] * (1 + 20 / other.numel())  # sums of few numbers may cancel
         for key, value in expected.items():
             got = whole(param if not key else sharded.state[param][key])
             limit = 0.0 if key == "step" else max(bound, 2e-2 if got.dtype == torch.bfloat16 else 0.0)
@@ -211,7 +211,7 @@ def _stage2(draw: Random, params: list[Any], group: Any, _: Zero3) -> tuple[Tens
     places, used = {}, 0
     for i in order:
         places[i] = used
-        used += params[i].numel() + draw.choice((0, 0, 3))
+        used += params[i].numel() and params[i].numel() + draw.choice((0, 0, 3))  # no gap behind nothing
     size = max(1, -(-used // dist.get_world_size(group)))
     rank = dist.get_rank(group)
 

@@ -269,13 +269,14 @@ def test_partitions(draw: Random) -> None:
         amos.state.clear()
 
     results = group.run(work)
-    tolerance = 1e-11 if dtype == torch.float64 and resumes != 2 else 2e-5  # what travels is float32
+    exact = 1e-11 if dtype == torch.float64 and resumes != 2 else 2e-5  # what travels is float32
     for i in range(len(groups)):
         flat = torch.cat([result[0][i] for result in results])
         parts = flat.split([p.numel() for p in alone.param_groups[i]["params"]])
         first = sum(len(each["params"]) for each in groups[:i])
         for j, part in enumerate(parts):
             expected = oracle.params[first + j]
+            tolerance = exact * (1 + 20 / max(1, expected.numel()))  # sums of few numbers may cancel
             assert relative_error(part.view(expected.shape), expected) <= tolerance, f"g{i}.p{j}"
     entries = results[0][1] or {}
     for number, (name, _) in enumerate(itertools.chain(*(each["params"] for each in groups))):

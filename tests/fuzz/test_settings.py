@@ -66,6 +66,7 @@ def test_a_group_with_something_odd(draw: Random) -> None:
     draw_gradients(optimizer, lambda param: gradient(draw, param))
     oracle.step(optimizer)
     optimizer.step()
+    oracle.check(optimizer)
     before, known = snapshot(optimizer), set(vars(optimizer))
     said = ending(lambda: optimizer.add_param_group(odd_group(draw, optimizer)))
     if said is not None:
