@@ -12,15 +12,21 @@ HALVINGS = 64  # of an interval, in a search: down to the last bit of a double
 LARGEST = math.log(2.0**127)  # of ln(1 + b): a b beyond is none that float32 holds
 
 
-def suggest_lr(batches: int) -> float:
+def suggest_lr(batches: int, predicted: float = 1.0) -> float:
     """1 / sqrt(N), the paper's learning rate (Su's alpha_0) for N independent batches in the training set.
 
     Of a run that ends before it has seen them all, N are its steps (docs/quality.md).
 
+    Args:
+        predicted: the share of a batch's tokens that the loss is taken over, 0.15 for BERT's masked words: N is
+            batches / predicted then. Not the paper's, but what a small BERT wanted (docs/quality.md).
+
     Raises:
-        ValueError: there is no batch.
+        ValueError: there is no batch; or a share that is not above 0 and at most 1.
     """
-    return 1 / math.sqrt(_positive("batches", batches))
+    if _positive("predicted", predicted) > 1:
+        raise ValueError(f"predicted={predicted} is out of range. It is a share: above 0, and at most 1.")
+    return math.sqrt(predicted / _positive("batches", batches))
 
 
 def weight_decay_for(lr: float, sigma: float, q: float = 1.0) -> float:

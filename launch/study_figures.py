@@ -11,7 +11,7 @@ from study_plan import ENTRIES, Entry, Run, Study, final_loss
 from study_tasks import Task
 
 COLOURS = {
-    "amos": "tab:blue", "amos_tuned": "tab:cyan", "amos_steps": "mediumpurple", "amos_rule": "royalblue",
+    "amos": "tab:blue", "amos_tuned": "tab:cyan", "amos_rule": "royalblue",
     "amos_plain": "navy", "amos_plain_tuned": "darkblue",
     "adamw_tuned": "tab:red", "adamw": "tab:orange", "muon": "tab:green", "adafactor": "tab:brown",
     "lamb": "tab:pink", "sgd": "tab:gray", "relative": "yellowgreen", "relative_tuned": "tab:olive",

@@ -56,7 +56,9 @@ def run(job: Job, text: Data, task: Task, device: torch.device) -> Run:
     setting, steps = job["setting"], job["steps"]
     torch.manual_seed(job["seed"])
     model = task.model().to(device)
-    rate = RULES[setting["lr"]](text.batches, steps) if isinstance(setting["lr"], str) else setting["lr"]
+    rate = setting["lr"]
+    if isinstance(rate, str):
+        rate = RULES[rate](text.batches, steps, text.predicted)
     return train(job, text, model, build(model, setting, rate, steps), rate)
 
 

@@ -31,9 +31,14 @@ MASKED = 0.15  # share of the words
 
 
 class Data(Protocol):
-    """Batches are tuples of what the model is called with. `batches`: independent ones in the training set."""
+    """Batches are tuples of what the model is called with.
+
+    Attributes:
+        batches: independent ones in the training set. predicted: the share of a batch that the loss is taken over.
+    """
 
     batches: int
+    predicted: float
 
     def train(self, seed: int, step: int) -> tuple[Tensor, ...]: ...
 
@@ -109,6 +114,8 @@ def prepare(folder: Path, tasks: Sequence[Task]) -> None:
 class Text:
     """Windows of a text: each token follows from those before it."""
 
+    predicted = 1.0
+
     def __init__(self, task: Task, folder: Path, sequence: int, vocabulary: int, windows: int) -> None:
         self.task, self.windows = task, windows
         self.parts = [data.Tokens(folder / f"{part}.npy", sequence, vocabulary) for part in ("train", "validation")]
@@ -123,6 +130,8 @@ class Text:
 
 class MaskedText(Text):
     """Windows of words of which some are hidden; the targets are -100 where a word can be seen."""
+
+    predicted = MASKED
 
     def train(self, seed: int, step: int) -> tuple[Tensor, ...]:
         return self._hide(super().train(seed, step)[0], (1, seed, step))
@@ -197,6 +206,8 @@ def digits() -> tuple[Tensor, Tensor]:
 
 class Images:
     """Digits, moved by up to one pixel at random while training."""
+
+    predicted = 1.0
 
     def __init__(self, task: Task, folder: Path) -> None:
         images, labels = digits()

@@ -185,12 +185,13 @@ def _kernel(
     return Advice(sigma, row_dims, moments, f"{what}: {formula}", fan_in, notes)
 
 
-def _of_hidden(what: str, number: int, called: str = "fan_in") -> Advice:
+def _of_hidden(what: str, number: int, called: str = "fan_in", times: float = 1) -> Advice:
     """What reads the hidden states of a recurrent net, or makes its inputs: n of them have a scale of n^(-1/4).
 
     That is the scale to which the paper's LSTM normalizes its inputs, and torch's finds it by itself (docs/sigma.md).
     """
-    return Advice(max(1, number) ** -0.25, 1, None, f"{what}: {called}^(-1/4), {called} {number}", number)
+    formula = f"{times:g}·" * (times != 1) + f"{called}^(-1/4), {called} {number}"
+    return Advice(times * max(1, number) ** -0.25, 1, None, f"{what}: {formula}", number)
 
 
 # ---- rules: each has an opinion, or None; the first that has one decides --------------------------------------------
@@ -316,11 +317,9 @@ def _recurrent(place: Place) -> Advice | None:
     if place.name.startswith("weight_hh"):
         return _of_hidden(f"hidden state to {what}", fan_in)
     is_first = place.name == "weight_ih" or "_l0" in place.name
-    return (
-        _kernel(f"input to {what}", 1, fan_in)
-        if is_first and not place.beside
-        else _of_hidden(f"input to {what}", fan_in)
-    )
+    if is_first and not place.beside:
+        return _kernel(f"input to {what}", 1, fan_in)
+    return _of_hidden(f"input to {what}", fan_in)
 
 
 def _convolution(place: Place) -> Advice | None:
@@ -347,7 +346,7 @@ def _matrix(place: Place) -> Advice | None:
     if len(place.shape) != 2 or not (isinstance(place.module, nn.Linear) or called):
         return None
     if place.beside:
-        return _of_hidden(f"kernel after {place.beside}", place.shape[1])
+        return _of_hidden(f"kernel after {place.beside}", place.shape[1], times=2.5)
     is_bare = not re.fullmatch(r"weights?|kernel", place.name, re.IGNORECASE)
     gain, what = names.role(f"{place.path}.{place.name}" if is_bare else place.path, place.activation)
     if place.kind == "Conv1D":

@@ -15,6 +15,7 @@ from amos_dist.guidance import half_life
 def test_suggested_rate() -> None:
     assert suggest_lr(1875) == pytest.approx(1 / math.sqrt(1875))  # the paper's MNIST run
     assert suggest_lr(40_000) == pytest.approx(0.005)  # BERT's
+    assert suggest_lr(600, 0.15) == pytest.approx(1 / math.sqrt(4000))
 
 
 def test_weight_decay() -> None:
@@ -85,6 +86,8 @@ def test_the_rate_is_half_at_the_decay_after_its_half_life(sigma: float) -> None
     ("call", "words"),
     [
         (lambda: suggest_lr(0), "batches=0 is out of range"),
+        (lambda: suggest_lr(10, 1.5), "predicted=1.5 is out of range"),
+        (lambda: suggest_lr(10, 0.0), "predicted=0.0 is out of range"),
         (lambda: weight_decay_for(-1, 1), "lr=-1 is out of range"),
         (lambda: weight_decay_for(1, 0), "sigma=0 is out of range"),
         (lambda: weight_decay_for(1, 1, q=math.nan), "q=nan is out of range"),

@@ -120,7 +120,8 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         ),
         {
             "0.weight": 5**-0.25, "2.weight_ih_l0": 5**-0.25, "2.weight_hh_l0": 7**-0.25, "2.weight_ih_l1": 7**-0.25,
-            "2.weight_hh_l1": 7**-0.25, "4.weight": 7**-0.25, "4.bias": 0.5, "5.weight": root(1 / 50), "5.bias": 0.5,
+            "2.weight_hh_l1": 7**-0.25, "4.weight": 2.5 * 7**-0.25, "4.bias": 0.5, "5.weight": root(1 / 50),
+            "5.bias": 0.5,
         },
     ),
     "two heads": (
@@ -133,8 +134,8 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         ),
         {
             "0.weight": 4**-0.25, "1.weight": 4**-0.25, "2.weight_ih_l0": 4**-0.25, "2.weight_hh_l0": 6**-0.25,
-            "2.weight_ih_l0_reverse": 4**-0.25, "2.weight_hh_l0_reverse": 6**-0.25, "3.weight": 12**-0.25,
-            "4.weight": 12**-0.25,
+            "2.weight_ih_l0_reverse": 4**-0.25, "2.weight_hh_l0_reverse": 6**-0.25, "3.weight": 2.5 * 12**-0.25,
+            "4.weight": 2.5 * 12**-0.25,
         },
     ),
     "what does not read a recurrent net": (

@@ -168,7 +168,7 @@ def test_reasons_of_what_is_packed() -> None:
     assert reasons["1.weight_ih_l0"] == "input to 4 packed gates of LSTM: √(1/fan_in), fan_in 4"
     assert reasons["2.weight_hh_l0"] == "hidden state to 3 packed gates of GRU: fan_in^(-1/4), fan_in 3"
     assert reasons["3.weight_hh_l0"] == "hidden state to RNN: fan_in^(-1/4), fan_in 3"
-    assert reasons["4.weight"] == "kernel after RNN: fan_in^(-1/4), fan_in 3"
+    assert reasons["4.weight"] == "kernel after RNN: 2.5·fan_in^(-1/4), fan_in 3"
 
 
 def test_relative_positions_by_their_names() -> None:
