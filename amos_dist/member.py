@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import runs, settings
 from .sharding import Layout, Original, dtensor
-from .state import FLOAT_STATE, State, compute_dtype, kept_dims, state_sizes, whole_shapes
+from .state import FLOAT_STATE, SCALE, State, compute_dtype, kept_dims, state_sizes, whole_shapes
 
 
 @dataclass(eq=False)
@@ -179,11 +179,11 @@ def _fit_eight_bits(member: Member, state: State) -> str:
     """
     if member.momentum_dtype is None or "momentum" not in state:
         return ""
-    tensor, pieces, scale = member.tensor, member.layout.pieces, state.get("momentum_scale")
+    tensor, pieces, scale = member.tensor, member.layout.pieces, state.get(SCALE)
     held = dtensor.local_of(state["momentum"])
     if scale is not None and scale.numel() != runs.scale_count(pieces):
         return (
-            f"the state 'momentum_scale' of {member.name!r} has {scale.numel()} entries, "
+            f"the state {SCALE!r} of {member.name!r} has {scale.numel()} entries, "
             f"expected {runs.scale_count(pieces)}. Load what Amos.state_dict() returned, or clear the state."
         )
     if member.momentum_dtype == torch.int8:
@@ -191,12 +191,12 @@ def _fit_eight_bits(member: Member, state: State) -> str:
             scale = torch.zeros(runs.scale_count(pieces), device=tensor.device)
         elif scale is None:
             held, scale = runs.narrowed(held, pieces)
-        state["momentum_scale"] = scale.to(tensor.device, torch.float32).contiguous()
+        state[SCALE] = scale.to(tensor.device, torch.float32).contiguous()
         held = held.view(1, -1) if member.layout.is_partition else held
     elif scale is not None:
         held = runs.widened(held, scale.to(tensor.device), pieces).to(member.momentum_dtype)
         held = held.view(dtensor.local_of(tensor).shape)
-        del state["momentum_scale"]
+        del state[SCALE]
     if held is not dtensor.local_of(state["momentum"]):
         is_placed = dtensor.is_dtensor(tensor)
         state["momentum"] = dtensor.like(tensor, held, range(tensor.dim())) if is_placed else held

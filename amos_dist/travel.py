@@ -172,7 +172,6 @@ class Travel:
         added = [(e.name[0], e.name[2], e.size) for e in self._entries if group in e.groups and not e.holders]
         found = []
         if added:
-            added.sort(key=lambda one: one[0] == INFINITE)
             found = [f"{sum(size for _, _, size in added)} numbers to be added up over ranks ({_digest(added)})"]
         for layout in self._partitions:
             if group in layout.groups:

@@ -196,11 +196,11 @@ class Monitor:
         sections = {
             groups: torch.zeros(len(some), WIDTH, dtype=torch.float64, device=device) for groups, some in keys.items()
         }
+        places = {groups: {key: place for place, key in enumerate(some)} for groups, some in keys.items()}
         for launch in plan.launches:
             probe = self._probe(launch)
             for groups, rows in probe.rows_by_groups(launch).items():
-                places = {key: place for place, key in enumerate(keys[groups])}
-                here = [places[key] for key in probe.keys[rows].tolist()]
+                here = [places[groups][key] for key in probe.keys[rows].tolist()]
                 sections[groups][torch.tensor(here, device=device)] = probe.result[rows].to(device)
         for group in dict.fromkeys(group for groups in sections for group in groups):
             some = [groups for groups in sections if group in groups]

@@ -18,7 +18,7 @@ FINDERS: list[Callable[[torch.Tensor, list[Original]], Layout | None]] = []
 
 def find(tensor: torch.Tensor, originals: list[Original]) -> Layout | None:
     """The layout that one of FINDERS says, with a fault where it contradicts itself; None: none knows the tensor."""
-    layout = next(filter(None, (find(tensor, originals) for find in FINDERS)), None)
+    layout = next(filter(None, (each(tensor, originals) for each in FINDERS)), None)
     if layout is not None and layout.tile is None and not layout.fault:
         group = next(iter((*layout.fellows, *layout.groups)), None)
         place = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
@@ -59,7 +59,8 @@ def contradiction(layout: Layout, numel: int, originals: list[Original], rank: i
             return f"its piece of {name!r} has {piece.share} for its share of columns, expected {share}"
         if piece.key in held or piece.offset < end or piece.offset + piece.length > numel:
             return f"its piece of {name!r} at {piece.offset} overlaps another one, or ends behind the tensor's {numel}"
-        end, held = piece.offset + piece.length, held | {piece.key}
+        end = piece.offset + piece.length
+        held.add(piece.key)
     for cut in layout.cuts:
         if cut.key not in held and (rank in cut.holders or (cut.everybody and len(cut.share_of(rank)))):
             return f"it has no piece of {known[cut.key].name!r}, of which this rank holds elements or keeps columns"
@@ -67,8 +68,8 @@ def contradiction(layout: Layout, numel: int, originals: list[Original], rank: i
 
 
 def _wrong_cut(cut: Cut, numel: int, ranks: int) -> str:
-    inside = [0, *cut.borders, numel]
-    if len(inside) < 3 or any(a >= b for a, b in itertools.pairwise(inside)):
+    edges = _edges(cut, numel)
+    if len(edges) < 3 or any(a >= b for a, b in itertools.pairwise(edges)):
         return f"has borders {list(cut.borders)[:8]}, which do not ascend between 0 and {numel}"
     if cut.holders.start < 0 or cut.holders.stop > ranks or cut.everybody not in (0, ranks):
         return f"is cut between the ranks {list(cut.holders)[:8]} (everybody={cut.everybody}), of {ranks}"
@@ -81,5 +82,10 @@ def _interval(cut: Cut | None, rank: int, numel: int) -> tuple[int, int]:
         return 0, numel
     if rank not in cut.holders:
         return 0, 0
-    edges = [0, *cut.borders, numel]
+    edges = _edges(cut, numel)
     return edges[rank - cut.first], edges[rank - cut.first + 1]
+
+
+def _edges(cut: Cut, numel: int) -> list[int]:
+    """Where each holder's elements begin, and the end."""
+    return [0, *cut.borders, numel]

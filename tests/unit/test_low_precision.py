@@ -106,11 +106,13 @@ def test_low_param_in_the_op(low: torch.dtype, momentum_dtype: torch.dtype | Non
 # ---- stochastic rounding -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("momentum_dtype", [None, F32, BF16])
+@pytest.mark.parametrize(
+    ("momentum_dtype", "stochastic"), [(None, True), (F32, True), (BF16, True), (torch.int8, True), (torch.int8, False)]
+)
 @pytest.mark.parametrize("seed", range(4))
-def test_rounding_of_cut_pieces(seed: int, momentum_dtype: torch.dtype | None) -> None:
+def test_rounding_of_cut_pieces(seed: int, momentum_dtype: torch.dtype | None, stochastic: bool) -> None:
     """The kernels' random numbers are the reference's, to the bit, wherever a piece begins."""
-    case = make_case(seed, ("factored", "row", "column"), BF16, BF16, momentum_dtype, stochastic=True)
+    case = make_case(seed, ("factored", "row", "column"), BF16, BF16, momentum_dtype, stochastic=stochastic)
     case.hyper[:, 10] = 1  # to maximize, the kernels give A the sign and plain torch the gradient
     for op in ("sums_", "slots_"):
         getattr(native, op)(*case.arguments(op))
