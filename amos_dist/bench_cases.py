@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .monitor import Monitor
 from .optimizer import Amos
 
 Shape = tuple[int, ...]
@@ -132,6 +133,12 @@ def _amos(on_nonfinite: str = "ignore", **keywords: Any) -> Callable[[list[Tenso
     return lambda params: Amos(params, lr=1e-3, sigma=0.05, on_nonfinite=on_nonfinite, **keywords)
 
 
+def _monitored(params: list[Tensor]) -> Optimizer:
+    optimizer = Amos(params, lr=1e-3, sigma=0.05)
+    Monitor(optimizer, every=1)
+    return optimizer
+
+
 def _muon(params: list[Tensor]) -> Optimizer:
     if not hasattr(torch.optim, "Muon"):
         raise ImportError(f"torch {torch.__version__} has no torch.optim.Muon")
@@ -168,6 +175,7 @@ AMOS = (
     Variant("Amos row, checked", _amos("skip", moments="row"), 16),
     Variant("Amos factored", _amos(), 16),
     Variant("Amos factored, checked", _amos("skip"), 16),
+    Variant("Amos factored, checked, looked at", _monitored, 16),
     Variant("Amos column", _amos(moments="column"), 16),
     Variant("Amos scalar", _amos(moments="scalar"), 16),
     Variant("Amos row, momentum", _amos(moments="row", momentum=0.9), 20, 4),

@@ -101,6 +101,7 @@ def notes(result: Result) -> str:
         time += f" {result.copies} sets of parameters take turns." if result.copies > 1 else ""
     lines = [time, "bytes/param: the least that a step can move; GB/s: these in that time."]
     lines.append("checked: with on_nonfinite='skip', the default. Under ZeRO all are unchecked: DeepSpeed has looked.")
+    lines.append("looked at: a step that amos_dist.Monitor measures, one of `every`.")
     lines += [f"left out: {name}: {reason}" for name, reason in result.left_out.items()]
     return "\n".join(lines)
 

@@ -156,7 +156,7 @@ def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_state_and_traffic() -> None:
     """The bytes that docs/performance.md tells, and the state that is really held."""
     traffic = [variant.traffic for variant in bench_cases.AMOS]
-    assert traffic == [12, 16, 16, 16, 16, 16, 20, 24, 16, 20, 14, 18, 12]
+    assert traffic == [12, 16, 16, 16, 16, 16, 16, 20, 24, 16, 20, 14, 18, 12]
     for variant in bench_cases.AMOS:
         (params,) = bench._make_copies([(64, 256)], variant.dtype, 1, torch.device("cpu"))
         optimizer = variant.make(params)
