@@ -19,7 +19,7 @@ from amos_dist import Amos, RelativeStep, param_groups
 from tests.integration.pretraining import LAUNCH
 
 FEW = ("--steps", 2, "--tasks", "lstm", "--entries", "amos", "adamw_tuned", "--workers", 1)
-RUNS = 12 + 17  # Amos: three seeds, of four lengths; AdamW: 14 trials and three seeds
+RUNS = 12 + 18  # Amos: three seeds, of four lengths; AdamW: 15 trials and three seeds
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_a_tuning_takes_its_trials_and_then_new_seeds_at_the_best() -> None:
         return math.log(setting["lr"] / best) ** 2 - 0.1 * helps
 
     study, jobs = tuned_by(losses)
-    assert [job["seed"] for job in jobs] == [0] * 14 + [1, 2, 3]
+    assert [job["seed"] for job in jobs] == [0] * 15 + [1, 2, 3]
     assert all(job["setting"] == jobs[-1]["setting"] for job in jobs[-3:])
     chosen = jobs[-1]["setting"]
     assert chosen["lr"] == pytest.approx(best, rel=0.01)
