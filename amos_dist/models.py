@@ -183,6 +183,8 @@ def parameters_of(model: str) -> list[Parameter]:
 
 
 def _named(model: nn.Module, what: str) -> list[Parameter]:
+    if any(isinstance(each, nn.parameter.UninitializedParameter) for each in model.parameters()):
+        raise ValueError(f"{what} has a lazy module, whose shape is not known yet. Give all its sizes.")
     found = [Parameter(n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
     if not found:
         raise ValueError(f"{what} has no parameter that is trained. Give another model.")

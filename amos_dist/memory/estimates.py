@@ -35,8 +35,8 @@ class Setting:
         dtype: of parameters and gradients.
         master: zero 0: parameters below float32 are stepped in a float32 copy. DeepSpeed always does that.
         moments: Amos's. device: "cuda" or "cpu": on a CPU Amos's workspace without ranks is smaller.
-        reduce_bucket_size, overlap_comm, prefetch_bucket_size, param_persistence_threshold, max_live_parameters,
-            sub_group_size: DeepSpeed's, in elements; overlap_comm None: its default, only at stage 3.
+        reduce_bucket_size: DeepSpeed's, in elements; so are the other sizes below it.
+        overlap_comm: DeepSpeed's. None: its default, only at stage 3.
     """
 
     zero: int = 0
@@ -178,8 +178,8 @@ def _partitioned(parameters: list[Parameter], optimizer: str, setting: Setting, 
     for one in sorted(ranks):
         workspace = temporary = 0
         if keeper is None:
-            planned = forecast_of_rank(model, plan, one)
-            state, workspace = dict(planned.state), planned.workspace
+            planned = forecast_of_rank(model, plan, one, setting.device)
+            state, workspace = dict(planned.state), planned.workspace + planned.sums
         else:
             tensors = [((flat.numel,), flat.keys.start < len(groups[0])) for flat in flats]
             state = state_of(keeper, tensors, torch.float32)

@@ -11,7 +11,7 @@ from ..models import Parameter, total
 from .estimates import Setting, estimate
 
 MOST_LAYERS = 2**16
-RULE = "more or fewer layers, each as the last one; without layers, the same bytes for each parameter"
+RULE = "more or fewer layers, each as the last one; without layers, each parameter as those of a second such model"
 
 
 class Largest(NamedTuple):
@@ -78,8 +78,8 @@ def largest(parameters: Sequence[Parameter], optimizer: str, setting: Setting, m
         Zeros where not even one layer fits.
     """
     if not (deepest := layers_of(parameters)):
-        peak = estimate(parameters, optimizer, setting).peak
-        return Largest(int(total(parameters) * (memory / peak)), 0)
+        one, two = (estimate([*parameters] * times, optimizer, setting).peak for times in (1, 2))
+        return Largest(max(0, int(total(parameters) * (1 + (memory - one) / max(1, two - one)))), 0)
     peaks: dict[int, int] = {}
 
     def fits(count: int) -> bool:
@@ -87,12 +87,14 @@ def largest(parameters: Sequence[Parameter], optimizer: str, setting: Setting, m
         return peaks[count] <= memory
 
     low, high = 0, MOST_LAYERS + 1  # the first fits, the second does not
-    fits(deepest), fits(2 * deepest)
-    for count in sorted(peaks):
-        low, high = (count, high) if peaks[count] <= memory else (low, min(high, count))
-    first, second = (peaks[count] for count in (deepest, 2 * deepest))
-    guess = deepest + int((memory - first) * deepest / max(1, second - first))  # along the line through both
+    for count in (deepest, 2 * deepest):
+        low, high = (max(low, count), high) if fits(count) else (low, min(high, count))
     while high - low > 1:
-        middle = min(max(guess, low + 1), high - 1) if len(peaks) < 10 else (low + high) // 2
+        # On the line through the two that are nearest: it bends where a bucket is full. Ever further from both ends, so
+        # that a line that leads nowhere ends as bisection, and no model is built that is far larger than what fits.
+        one, other = sorted(peaks, key=lambda count: abs(peaks[count] - memory))[:2]
+        guess = one + (memory - peaks[one]) * (one - other) // ((peaks[one] - peaks[other]) or 1)
+        margin = max(1, min(2 ** len(peaks) // 16, (high - low) // 2))
+        middle = min(max(guess, low + margin), high - margin)
         low, high = (middle, high) if fits(middle) else (low, middle)
     return Largest(total(with_layers(parameters, low)) if low else 0, low)

@@ -126,9 +126,12 @@ class Monitor:
         """
         if not self.closed:
             self._settle(everything=True)
+            self.closed = True
             for writer in self._writers if _is_first_rank() else ():
-                writer.close()
-        self.closed = True
+                try:
+                    writer.close()
+                except Exception as error:  # no reason to leave the others open, or to end training
+                    warnings.warn(f"the monitor's {type(writer).__name__} could not be closed: {error}.", stacklevel=2)
 
     def __enter__(self) -> Monitor:
         return self

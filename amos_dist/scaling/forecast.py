@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..member import Member
 from ..models import Parameter
@@ -48,6 +50,7 @@ class RankForecast:
         state: bytes by key.
         workspace: bytes that stay from step to step: of the waves that are under way at once, of what travels in them
             and of the sums of the same parameters' other rows, with the buffers that columns travel in.
+        sums: bytes that stay beside these, for the sums of what is whole on the rank.
         collectives: of each step() of a partition: kinds as Wave.moves has them, and bytes.
         shared_rows: rows of which other ranks have a part too.
         begins, ends: the first and the last element that it has: the parameter's name and the place in it.
@@ -58,6 +61,7 @@ class RankForecast:
     pieces: int
     state: dict[str, int]
     workspace: int
+    sums: int
     collectives: list[list[tuple[str, int]]]
     shared_rows: int
     begins: tuple[str, int] | None
@@ -164,8 +168,12 @@ def forecast(model: Model, setting: Setting) -> Forecast:
     )
 
 
-def forecast_of_rank(model: Model, setting: Setting, rank: int) -> RankForecast:
-    """What one rank has; without a look at the others."""
+def forecast_of_rank(model: Model, setting: Setting, rank: int, device: str = "cuda") -> RankForecast:
+    """What one rank has; without a look at the others.
+
+    Args:
+        device: where its partitions will be: on a "cpu" `sums` are fewer.
+    """
     flats = model.partitions(setting)
     layouts = [flat.layout(rank, setting.ranks) for flat in flats]
     pieces = [piece for flat in flats for piece in flat.pieces(rank)]
@@ -174,7 +182,7 @@ def forecast_of_rank(model: Model, setting: Setting, rank: int) -> RankForecast:
     for piece in pieces:
         partial = sum(block.cols < piece.cols for block in piece.blocks())
         shared_rows += partial if has_rows(model.kinds[piece.key]) else 0
-    plans = [_plan(flat.numel, layout, model.kinds) for flat, layout in zip(flats, layouts, strict=True)]
+    plans = [_plan(flat.numel, layout, model.kinds, device) for flat, layout in zip(flats, layouts, strict=True)]
     waves = [[wave for bucket in plan.buckets for wave in bucket.waves] for plan in plans]
     names = [original.name for original in model.originals]
     scales = {SCALE: NUMBER * scale_count(pieces)} if setting.momentum == torch.int8 else {}
@@ -185,6 +193,7 @@ def forecast_of_rank(model: Model, setting: Setting, rank: int) -> RankForecast:
         len(pieces),
         {key: NUMBER * count for key, count in entries.items()} | scales | _alike(flats, setting.momentum),
         sum(tensor.nbytes for plan in plans for bucket in plan.buckets for tensor in bucket.staying),
+        sum(work.nbytes for plan in plans for bucket in plan.buckets for work in (bucket.local_work, bucket.kept_work)),
         [[(kind, NUMBER * count) for wave in some for kind, count in wave.moves] for some in waves],
         shared_rows,
         (names[first.key], first.start) if first else None,
@@ -192,11 +201,13 @@ def forecast_of_rank(model: Model, setting: Setting, rank: int) -> RankForecast:
     )
 
 
-def _plan(numel: int, layout: Layout, kinds: dict[int, str]) -> Plan:
+def _plan(numel: int, layout: Layout, kinds: dict[int, str], device: str) -> Plan:
     """The plan of a real step, of a partition without memory."""
-    tensor = torch.empty(numel, device="meta")
-    member = Member(tensor, {}, layout, "partition", None, fused=False, capturable=False, master=False)
-    return Plan([member], kinds, agreed=True)
+    # Meta tensors are planned for as those of a GPU are.
+    with FakeTensorMode() if device == "cpu" else contextlib.nullcontext():
+        tensor = torch.empty(numel, device="cpu" if device == "cpu" else "meta")
+        member = Member(tensor, {}, layout, "partition", None, fused=False, capturable=False, master=False)
+        return Plan([member], kinds, agreed=True)
 
 
 def _alike(flats: Sequence[Flat], momentum: torch.dtype | None) -> dict[str, int]:

@@ -39,7 +39,7 @@ CASES = list(cases())
 @pytest.mark.timeout(550)
 @pytest.mark.parametrize("wanted", CASES, ids=lambda case: case["name"])
 def test_ranks_hold_what_was_computed(wanted: dict[str, Any]) -> None:
-    """To the byte what stays; within 2 % (or 20 KB of tables and sums that are not cut) what comes and goes."""
+    """To the byte what stays; within 2 % (or 20 KB of tables) what comes and goes."""
     named, dtype = list(gpt2(**SIZES)), getattr(torch, wanted["dtype"])
     setting = Setting(wanted["zero"], 2, dtype, device="cpu", **wanted["setting"])
     for rank, ranks in enumerate(run_cases(WORKER, 2, CASES, timeout=500)):
@@ -49,7 +49,7 @@ def test_ranks_hold_what_was_computed(wanted: dict[str, Any]) -> None:
         for row in EXACT:
             assert pairs[row][0] == pairs[row][1], row
         assert {key: size for key, size in computed.state.items() if size} == found["state"]
-        assert pairs["all-reduce buffer"][1] == pytest.approx(computed.workspace, abs=20_000)
+        assert pairs["all-reduce buffer"][1] == pytest.approx(computed.workspace, rel=0.02)
         assert pairs["held between steps"][1] == pytest.approx(computed.held, rel=0.02, abs=20_000)
         assert pairs["step adds"][1] == pytest.approx(computed.step, rel=0.02, abs=20_000)
         # What other threads free is still counted as held: the measured pass is too large by that, never too small.

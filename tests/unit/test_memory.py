@@ -198,7 +198,8 @@ def test_what_amos_adds_up_is_what_scaling_says() -> None:
         for name in ("amos-momentum-bf16", "amos-momentum-int8"):
             planned = forecast_of_rank(Model([named], "factored"), Plan(zero, 3, AMOS[name]), 1)
             found = estimate(named, name, Setting(zero, 3), rank=1)
-            assert found.workspace == planned.workspace > 0 and found.state == planned.state
+            assert found.workspace == planned.workspace + planned.sums and found.state == planned.state
+            assert planned.workspace > 0 and (planned.sums > 0 or zero == 3)  # where every parameter is cut
 
 
 def test_the_rank_that_holds_the_most() -> None:
@@ -235,6 +236,11 @@ def test_no_layers() -> None:
     assert fits.layers_of(named) == 0 and fits.with_layers(named, 5) == named
     one = estimate(named, "sgd", Setting()).peak
     assert memory.largest(named, "sgd", Setting(), 10 * one) == (10 * total(named), 0)
+    # A bucket does not grow with the model.
+    setting = Setting(2, 1)
+    bucket = setting.reduce_bucket_size * setting.dtype.itemsize
+    assert memory.largest(named, "sgd", setting, 2 * bucket).elements > bucket / 40
+    assert memory.largest(named, "sgd", setting, bucket // 2).elements == 0
 
 
 @pytest.mark.parametrize("size", [0.2, 1, 3.7, 40])
@@ -248,6 +254,23 @@ def test_largest(size: float) -> None:
         return
     fit, above = (estimate(fits.with_layers(named, n), "amos", setting) for n in (found.layers, found.layers + 1))
     assert fit.peak <= limit < above.peak and fit.elements == found.elements
+
+
+def test_the_largest_is_found_in_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line through the first two bends, where as much is gathered as may live; far larger ones are never built."""
+    named = list(gpt2(2, 8, 20, 10))
+    setting = Setting(3, 4, reduce_bucket_size=10, max_live_parameters=20_000, param_persistence_threshold=0)
+    tried: list[int] = []
+
+    def counted(parameters: list[Parameter], *arguments: Any) -> Any:
+        tried.append(fits.layers_of(parameters))
+        return estimate(parameters, *arguments)
+
+    monkeypatch.setattr(fits, "estimate", counted)
+    found = memory.largest(named, "adamw", setting, 1_000_000).layers
+    peaks = [estimate(fits.with_layers(named, n), "adamw", setting).peak for n in (found, found + 1)]
+    assert peaks[0] <= 1_000_000 < peaks[1]
+    assert len(tried) < 12 and max(tried) < 2 * found
 
 
 def test_sizes() -> None:

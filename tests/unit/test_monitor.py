@@ -266,6 +266,21 @@ def test_a_writer_that_fails_is_left_out(tmp_path: Path) -> None:
     assert [step for step, _ in listener.heard] == [1, 2]
 
 
+def test_a_writer_that_cannot_be_closed_keeps_no_other_open(tmp_path: Path) -> None:
+    """The disk of the file that is flushed is full."""
+    param = nn.Parameter(torch.ones(2, 3))
+    broken, kept = monitor.CSV(tmp_path / "broken.csv"), monitor.CSV(tmp_path / "kept.csv")
+    optimizer = amos_dist.Amos([("weight", param)], lr=0.01)
+    watching = amos_dist.Monitor(optimizer, every=1, to=[broken, kept])
+    param.grad = torch.ones(2, 3)
+    optimizer.step()
+    assert watching.last
+    broken.close = lambda: (_ for _ in ()).throw(OSError("No space left"))  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="the monitor's CSV could not be closed: No space left"):
+        watching.close()
+    assert watching.closed and kept._file is None
+
+
 def test_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[dict[str, float]] = []
     ended: list[bool] = []

@@ -289,6 +289,7 @@ def test_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "def wrong(): return 3\n"
         "def broken(): raise RuntimeError('no such file.\\nmore')\n"
         "def frozen(): return nn.Linear(2, 2).requires_grad_(False)\n"
+        "def lazy(): return nn.LazyLinear(2)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     huge = [Parameter("0.weight", (10**6, 10**6)), Parameter("0.bias", (10**6,)), Parameter("1.weight", (2, 3))]
@@ -298,6 +299,7 @@ def test_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "broken": r"cannot be built: RuntimeError: no such file\. Give",
         "nothing": r"cannot be built: AttributeError: .*'nothing'\. Give",
         "frozen": r"has no parameter that is trained\. Give",
+        "lazy": r"has a lazy module, whose shape is not known yet\. Give",
     }.items():
         with pytest.raises(ValueError, match=words):
             parameters_of(f"mine:{name}")
