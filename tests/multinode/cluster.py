@@ -117,7 +117,7 @@ class Cluster:
                 self.run(number, "ip", "link", "set", "eth0", "up")
             stack.callback(self.delay, 0.0)
             for number in range(self._count):
-                self._await_sshd(number)
+                self._await_sshd(number, number)
             self._stack = stack.pop_all()
         return self
 
@@ -134,11 +134,12 @@ class Cluster:
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key")]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
 
-    def _await_sshd(self, number: int, limit: float = 60.0) -> None:
+    def _await_sshd(self, number: int, origin: int, limit: float = 60.0) -> None:
+        """Waits until a host's answers the host `origin`."""
         end = time.monotonic() + limit
-        while self.run(number, "ssh", "-o", "BatchMode=yes", f"node{number}", "true", check=False).returncode:
+        while self.run(origin, "ssh", "-o", "BatchMode=yes", f"node{number}", "true", check=False).returncode:
             if time.monotonic() > end:
-                raise RuntimeError(f"the sshd of node{number} does not answer")
+                raise RuntimeError(f"the sshd of node{number} does not answer node{origin}")
             time.sleep(0.1)
 
     def command(self, number: int, *words: str | int | Path) -> list[str]:
@@ -192,7 +193,12 @@ class Cluster:
         self._set("link", "set", f"h{number}", "nomaster")
 
     def heal(self, number: int) -> None:
-        """The link is whole again."""
+        """The link is whole again, and all hosts know it: for seconds they remember who did not answer."""
+        self._plug_in(number)
+        for other in range(len(self.hosts)):
+            self._await_sshd(number, other)
+
+    def _plug_in(self, number: int) -> None:
         self._set("link", "set", f"h{number}", "master", "middle")
 
     def delay(self, seconds: float) -> None:
@@ -210,7 +216,7 @@ class Cluster:
             if seconds and self._tc("qdisc", "add", "dev", port, "root", "netem", "delay", f"{seconds * 1e3}ms"):
                 self._by_hand(port, seconds / 2)  # a frame passes two of them
             elif not seconds:
-                self.heal(number)
+                self._plug_in(number)
 
     def _by_hand(self, port: str, seconds: float) -> None:
         near, far = f"{port}near", f"{port}far"
