@@ -134,7 +134,7 @@ def _amos(on_nonfinite: str = "ignore", **keywords: Any) -> Callable[[list[Tenso
 
 
 def _monitored(params: list[Tensor]) -> Optimizer:
-    optimizer = Amos(params, lr=1e-3, sigma=0.05)
+    optimizer = _amos("skip")(params)
     Monitor(optimizer, every=1)
     return optimizer
 

@@ -6,6 +6,7 @@ holds. Sources of the sizes: the config.json that each model was published with.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import is_lazy
 
 Shape = tuple[int, ...]
 
@@ -182,8 +185,16 @@ def parameters_of(model: str) -> list[Parameter]:
     raise ValueError(f"no model {model!r} is known. Give {known}, a config.json, or module:factory.")
 
 
+@contextlib.contextmanager
+def without_memory(device: str) -> Iterator[str]:
+    """Gives the device on which to make tensors of shapes alone, which are planned for as those on `device` are."""
+    # Meta tensors are planned for as those of a GPU are.
+    with FakeTensorMode() if device == "cpu" else contextlib.nullcontext():
+        yield "cpu" if device == "cpu" else "meta"
+
+
 def _named(model: nn.Module, what: str) -> list[Parameter]:
-    if any(isinstance(each, nn.parameter.UninitializedParameter) for each in model.parameters()):
+    if any(map(is_lazy, model.parameters())):
         raise ValueError(f"{what} has a lazy module, whose shape is not known yet. Give all its sizes.")
     found = [Parameter(n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
     if not found:

@@ -34,7 +34,7 @@ class Setting:
         zero: 0: plain torch, DDP on more than one rank. 1 to 3: DeepSpeed's stages.
         dtype: of parameters and gradients.
         master: zero 0: parameters below float32 are stepped in a float32 copy. DeepSpeed always does that.
-        moments: Amos's. device: "cuda" or "cpu": on a CPU Amos's workspace without ranks is smaller.
+        moments: Amos's. device: "cuda" or "cpu": on a CPU Amos's workspace is smaller.
         reduce_bucket_size: DeepSpeed's, in elements; so are the other sizes below it.
         overlap_comm: DeepSpeed's. None: its default, only at stage 3.
     """

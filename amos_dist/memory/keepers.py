@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import optimizer as own
-from ..models import Parameter, Shape
+from ..models import Parameter, Shape, without_memory
 
 STEP = 4  # bytes of a 0-d float32 tensor: torch's `step`
 MEASURED = "measured in its steps"  # tests/unit/test_memory.py compares with torch's own
@@ -147,9 +145,7 @@ def amos_state(
     Args:
         device: where the parameters will be: on a CPU the workspace is smaller.
     """
-    # Meta tensors are planned for as those of a GPU are.
-    with FakeTensorMode() if device == "cpu" else contextlib.nullcontext():
-        place = "cpu" if device == "cpu" else "meta"
+    with without_memory(device) as place:
         named = [(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=place))) for name, shape in parameters]
         keywords: dict[str, Any] = {"momentum": 0.9, "momentum_dtype": momentum} if momentum else {}
         made = own.Amos(named, lr=1.0, sigma=1.0, moments=moments, master_weights=master, fused=False, **keywords)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..member import Member
-from ..models import Parameter
+from ..models import Parameter, without_memory
 from ..originals import describe
 from ..plan import Plan
 from ..runs import scale_count
@@ -203,9 +201,8 @@ def forecast_of_rank(model: Model, setting: Setting, rank: int, device: str = "c
 
 def _plan(numel: int, layout: Layout, kinds: dict[int, str], device: str) -> Plan:
     """The plan of a real step, of a partition without memory."""
-    # Meta tensors are planned for as those of a GPU are.
-    with FakeTensorMode() if device == "cpu" else contextlib.nullcontext():
-        tensor = torch.empty(numel, device="cpu" if device == "cpu" else "meta")
+    with without_memory(device) as place:
+        tensor = torch.empty(numel, device=place)
         member = Member(tensor, {}, layout, "partition", None, fused=False, capturable=False, master=False)
         return Plan([member], kinds, agreed=True)
 

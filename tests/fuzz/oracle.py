@@ -109,8 +109,7 @@ class Oracle:
                 if momentum.dtype != dtype and momentum.dtype == torch.int8:
                     momentum = widened_int8(momentum.view(-1), state.pop("momentum_scale")).view(momentum.shape)
                 if momentum.dtype != dtype and dtype == torch.int8:
-                    levels, state["momentum_scale"] = nearest_int8(momentum.reshape(-1).float())
-                    momentum = levels.view(momentum.shape)
+                    momentum, state["momentum_scale"] = _narrowed(momentum)
                 state["momentum"] = momentum.to(dtype)
 
     def _is_trial(self, some: list[tuple[Tensor, str, dict[str, Any]]]) -> bool:
@@ -148,13 +147,12 @@ class Oracle:
             else:
                 table = TOLERANCES[param.dtype]
                 # Several steps; sums of float32 over many rows, one after another; and of few numbers, which cancel.
-                tall = (5 + param.numel() / 500) * (1 + 20 / param.numel())
+                tall = (5 + param.numel() / 500) * slack_of_few(param.numel())
                 # A step that is skipped may have made state, and taken weights that were written into the master.
                 state = {k: v for k, v in state.items() if k in expected or (k != "master" and bool(v.any()))}
                 if "momentum_scale" in expected and "momentum_scale" not in state:
                     # Loaded, and not stepped since: float32, of the very numbers that the 8 bits had.
-                    levels, state["momentum_scale"] = nearest_int8(state["momentum"].reshape(-1).float())
-                    state["momentum"] = levels.view(state["momentum"].shape)
+                    state["momentum"], state["momentum_scale"] = _narrowed(state["momentum"])
                 follow_weights(state, param.detach())
                 follow_weights(expected, copy)
                 tolerance = Tolerance(table.param * (1 if param.dtype in LOW else tall), table.state * tall)
@@ -164,6 +162,17 @@ class Oracle:
                 if param.dtype in LOW or expected.get("momentum", copy).dtype in (*LOW, torch.int8):
                     copy.copy_(param.detach())
                     expected.update({key: value.clone() for key, value in state.items() if key != "step"})
+
+
+def slack_of_few(numel: int) -> float:
+    """How many times as far off sums of so few numbers may be: they may cancel."""
+    return 1 + 20 / max(1, numel)
+
+
+def _narrowed(momentum: Tensor) -> tuple[Tensor, Tensor]:
+    """In 8 bits, as what is loaded becomes; and the scales."""
+    levels, scale = nearest_int8(momentum.reshape(-1).float())
+    return levels.view(momentum.shape), scale
 
 
 def follow_weights(state: dict[str, Any], param: Tensor) -> None:
