@@ -12,8 +12,9 @@ import torch
 from ..models import Parameter, parameters_of, total
 from ..scaling.forecast import Model, forecast, forecast_of_rank
 from ..scaling.forecast import Setting as Plan
-from ..scaling.layout import Flat
+from ..scaling.layout import Flat, Spread
 from .keepers import KEEPERS, amos_state, state_of, temporary_of
+from .passes import Gathered, Reduced
 
 FLOAT = torch.float32.itemsize
 DOUBLE = torch.float64.itemsize  # DeepSpeed takes the norm of each gradient in float64
@@ -50,6 +51,7 @@ class Setting:
     prefetch_bucket_size: int = 50_000_000
     param_persistence_threshold: int = 100_000
     max_live_parameters: int = 10**9
+    max_reuse_distance: int = 10**9
     sub_group_size: int = 10**9
 
     @property
@@ -67,7 +69,7 @@ class Estimate:
         parameters: that the model computes with. gradients: of them, when backward() has ended.
         master: float32 copies that are stepped. state: of the optimizer, by key.
         workspace: of what Amos adds up over ranks (the all-reduce's buffer), and other sums that stay.
-        buckets: for gradients that travel, and, at stage 3, parameters that are gathered, at most.
+        buckets: the most that a pass adds to these gradients: where gradients wait and travel, and what is gathered.
         staying: how much of the buckets is there all the time. keeps_gradients: so are gradients.
         step: the most that a step adds to what is held when backward() has ended.
     """
@@ -169,6 +171,8 @@ def _partitioned(parameters: list[Parameter], optimizer: str, setting: Setting, 
     model = Model(groups, setting.moments if keeper is None else "row")
     plan = Plan(setting.zero, setting.ranks, AMOS.get(optimizer), setting.dtype, setting.sub_group_size)
     flats = model.partitions(plan)
+    names = [each.name for group in groups for each in group]
+    by_name = dict(zip(names, (spread for flat in flats for spread in flat.spreads), strict=True))
     if rank is None:
         most = {forecast(model, plan).most.rank} if keeper is None else {0}
         ranks = most if setting.zero == 3 else most | _busiest(flats, setting.ranks)
@@ -184,7 +188,10 @@ def _partitioned(parameters: list[Parameter], optimizer: str, setting: Setting, 
             tensors = [((flat.numel,), flat.keys.start < len(groups[0])) for flat in flats]
             state = state_of(keeper, tensors, torch.float32)
             temporary = temporary_of(keeper, tensors, torch.float32)
-        has = (_stage3 if setting.zero == 3 else _stage12)(parameters, flats, setting, one, temporary)
+        if setting.zero == 3:
+            has = _stage3(parameters, flats, setting, one, temporary)
+        else:
+            has = _stage12([by_name[each.name] for each in parameters], flats, setting, one, temporary)
         found.append(
             Estimate(optimizer, setting, total(parameters), one, **has._asdict(), state=state, workspace=workspace)
         )
@@ -192,15 +199,19 @@ def _partitioned(parameters: list[Parameter], optimizer: str, setting: Setting, 
 
 
 def _busiest(flats: list[Flat], ranks: int) -> set[int]:
-    """The ranks with the most gradients and with the longest part of a parameter, at stages 1 and 2."""
-    changes, longest = [0] * (ranks + 1), (0, 0)
+    """At stages 1 and 2: the ranks with the most gradients, with the most when others wait, with the longest part."""
+    changes, before, longest, begin = [0] * (ranks + 1), dict[int, int](), (0, 0), 0
     for spread in itertools.chain.from_iterable(flat.spreads for flat in flats):
         changes[spread.holders.start] += spread.numel
         changes[spread.holders.stop] -= spread.numel
         for rank in {*spread.holders[:2], spread.holders[-1]}:  # between them all parts are alike
             longest = max(longest, (spread.held(rank)[1], -rank))
+        for rank in spread.holders:
+            before.setdefault(rank, begin)  # elements that stage 1 has reduced when this rank begins to keep
+        begin += spread.numel
     touched = list(itertools.accumulate(changes[:-1]))
-    return {touched.index(max(touched)), -longest[1]}
+    early = [elements - before.get(rank, 0) for rank, elements in enumerate(touched)]
+    return {touched.index(max(touched)), early.index(max(early)), -longest[1]}
 
 
 class Sizes(NamedTuple):
@@ -220,32 +231,40 @@ def _copies(dtype: torch.dtype) -> int:
     return FLOAT if dtype.itemsize == FLOAT else dtype.itemsize + FLOAT
 
 
-def _stage12(parameters: list[Parameter], flats: list[Flat], setting: Setting, rank: int, temporary: int) -> Sizes:
+def _stage12(spreads: list[Spread], flats: list[Flat], setting: Setting, rank: int, temporary: int) -> Sizes:
     """Whole parameters in one buffer. A rank keeps the whole gradients of parameters of which it has a part."""
     size, mine = setting.dtype.itemsize, [piece for flat in flats for piece in flat.pieces(rank)]
     partition = sum(flat.numel for flat in flats)
-    gradients = size * sum(piece.rows * piece.cols for piece in mine)
-    elements, largest = total(parameters), max(total([each]) for each in parameters)
-    bucket = size * setting.reduce_bucket_size * (2 if setting.overlap_comm else 1)
-    # Stage 1 has all gradients before it keeps its own; stage 2 one more than its bucket.
-    buckets = bucket + size * (elements if setting.zero == 1 else largest)
+    kept = sum(piece.rows * piece.cols for piece in mine)
+    # Without overlap stage 1 begins when all gradients are there.
+    at_once = sum(spread.numel for spread in spreads) if setting.zero == 1 and not setting.overlap_comm else 0
+    passing = Reduced(rank, kept, setting.reduce_bucket_size, keeps_large=setting.zero == 1)
+    most = passing.run([each for flat in flats for each in flat.spreads] if at_once else reversed(spreads), at_once)
+    buckets = size * (setting.reduce_bucket_size * (2 if setting.overlap_comm else 1) + most - kept)
     copies = _copies(setting.dtype) * max(flat.numel for flat in flats)
     norm = DOUBLE * max((piece.length for piece in mine), default=0)
-    step = max(copies, norm, FLOAT * partition + temporary - gradients)
-    return Sizes(size * partition * setting.ranks, gradients, FLOAT * partition, buckets, 0, False, step)
+    step = max(copies, norm, FLOAT * partition + temporary - size * kept)
+    return Sizes(size * partition * setting.ranks, size * kept, FLOAT * partition, buckets, 0, False, step)
 
 
 def _stage3(parameters: list[Parameter], flats: list[Flat], setting: Setting, rank: int, temporary: int) -> Sizes:
     """Partitions, and whole parameters that are small. Its bucket and its gradients' partition are always there."""
     size, partition = setting.dtype.itemsize, sum(flat.numel for flat in flats)
-    sizes = [total([each]) for each in parameters]
-    persistent = sum(one for one in sizes if one <= setting.param_persistence_threshold)
-    gathered = min(sum(sizes) - persistent, setting.max_live_parameters)
-    in_flight = min(gathered, setting.prefetch_bucket_size + max(sizes))
+    threshold = setting.param_persistence_threshold
+    persistent = sum(one for each in parameters if (one := total([each])) <= threshold)
     bucket, gradients = size * setting.reduce_bucket_size, size * partition
     sub_group = max(flat.numel for flat in flats)
     norm = DOUBLE * max((piece.length for flat in flats for piece in flat.pieces(rank)), default=0)
     step = max(_copies(setting.dtype) * sub_group, norm, FLOAT * sub_group + temporary)
     step = max(0, step - size * persistent)  # which are gathered again at its end
-    buckets = bucket + size * (gathered + in_flight)
+    passing = Gathered(
+        parameters,
+        setting.ranks,
+        threshold=threshold,
+        prefetch=setting.prefetch_bucket_size,
+        max_live=setting.max_live_parameters,
+        max_reuse=setting.max_reuse_distance,
+        bucket_size=setting.reduce_bucket_size,
+    )
+    buckets = bucket + size * passing.run()
     return Sizes(size * (partition + persistent), gradients, FLOAT * partition, buckets, bucket, True, step)

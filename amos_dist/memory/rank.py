@@ -113,6 +113,7 @@ class _Engine:
             "stage3_prefetch_bucket_size": setting.prefetch_bucket_size,
             "stage3_param_persistence_threshold": setting.param_persistence_threshold,
             "stage3_max_live_parameters": setting.max_live_parameters,
+            "stage3_max_reuse_distance": setting.max_reuse_distance,
             "sub_group_size": setting.sub_group_size,
         }
         if setting.overlap_comm is not None:

@@ -94,8 +94,8 @@ def notes(found: Sequence[Estimate], memory: int | None) -> str:
     if setting.zero:
         lines.append(
             "master: DeepSpeed's float32 partition. step: its copies of the gradients (float32), or their norm "
-            "(float64), and the optimizer's temporaries. buckets: reduce_bucket_size, gradients on their way"
-            + (", parameters that are gathered, at most." if setting.zero == 3 else ".")
+            "(float64), and the optimizer's temporaries. buckets: reduce_bucket_size, gradients on their way and in a "
+            "copy to reduce" + (", parameters that are gathered, at most." if setting.zero == 3 else ", at most.")
         )
     else:
         lines.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import optimizer as own
 from ..sharding import dtensor
@@ -21,8 +24,11 @@ from ..sharding import dtensor
 
 MEANS = {
     "cuda": "the CUDA allocator's peak less what it held before",
-    "cpu": "what it takes from torch's CPU allocator, by torch's profiler",
+    "cpu": "what it takes from torch's CPU allocator, by torch's profiler, without what communication takes for itself",
 }
+BLOCK = "amos_dist.memory.watch"  # a mark in the profile
+COLLECTIVES = "c10d"  # the namespace of torch's operators of collectives
+LET_GO = 0.001  # seconds
 
 
 class Watch:
@@ -45,14 +51,54 @@ class Watch:
             self.peak = torch.cuda.max_memory_allocated(device) - before
             self.left = torch.cuda.memory_allocated(device) - before
             return
-        with torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        watched = torch_profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        with _Settled(), watched as profiler, record_function(BLOCK):
             yield
-        assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
         self.peak = self.left = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            self.left += event.nbytes()
+        for size in _allocations(profiler):
+            self.left += size
             self.peak = max(self.peak, self.left)
+
+
+class _Settled(TorchDispatchMode):
+    """Collectives one after another, and their thread has let go of what it was given: it would free unseen."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.namespace == COLLECTIVES:
+            work = found[-1] if isinstance(found, (tuple, list)) else found
+            if hasattr(work, "wait"):
+                work.wait()
+            time.sleep(LET_GO)
+        return found
+
+
+def _allocations(profiler: torch_profile) -> list[int]:
+    """Bytes that the CPU allocator gave (+) and got back (-), one after another.
+
+    Not what a collective takes within itself, on this thread or on its own: gloo copies what it gathers and scatters,
+    NCCL does not.
+    """
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    found, thread = list[tuple[int, int, int, bool, int]](), None
+    waiting = [(event, False) for event in profiler.profiler.kineto_results.experimental_event_tree()]
+    while waiting:
+        event, is_within = waiting.pop()
+        if event.name == BLOCK:
+            thread = event.start_tid
+        if event.typed[0] == _EventType.Allocation:
+            fields = event.typed[1]
+            found.append((event.start_time_ns, fields.ptr, fields.alloc_size, is_within, event.start_tid))
+        waiting += [(each, is_within or event.name.startswith(f"{COLLECTIVES}::")) for each in event.children]
+    sizes, theirs = list[int](), set[int]()
+    for _, address, size, is_within, taker in sorted(found):
+        if size > 0 and (is_within or taker != thread):
+            theirs.add(address)
+        elif size < 0 and address in theirs:
+            theirs.discard(address)
+        else:
+            sizes.append(size)
+    return sizes
 
 
 def resident() -> int:

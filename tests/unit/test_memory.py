@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,13 +171,22 @@ def test_data_parallel() -> None:
 
 def test_stages_by_hand() -> None:
     """3 x 40 numbers and 11 more on 2 ranks: partitions of 66; rank 0 has a part of the first two."""
-    named = [Parameter(str(i), shape) for i, shape in enumerate([(5, 8), (40,), (4, 10), (11,)])]
+    named = [Parameter(f"{i}.weight", shape) for i, shape in enumerate([(5, 8), (40,), (4, 10), (11,)])]
     setting = Setting(2, 2, reduce_bucket_size=7, param_persistence_threshold=11)
     first, second = (estimate(named, "adamw", setting, rank=r) for r in (0, 1))
     assert first.parameters == 2 * 132 and first.master == 4 * 66 and first.state_bytes == 8 * 66 + 4
     assert (first.gradients, second.gradients) == (2 * 80, 2 * 91)
-    assert first.step == max(6 * 66, 8 * 40) and first.buckets == 2 * (7 + 40)
-    assert estimate(named, "adamw", setting, zero=1, rank=0).buckets == 2 * (7 + 131)
+    assert first.step == max(6 * 66, 8 * 40)
+    # Each gradient is larger than the bucket. When the second is reduced the first waits, and the rank begins to keep.
+    assert first.buckets == 2 * (7 + 40 + 40)
+    assert second.buckets == 2 * (7 + 40 + 40)  # the first: two on their way, beside the 91 that it keeps
+    ahead = estimate(named, "adamw", setting, zero=1, rank=0)
+    assert ahead.buckets == 2 * (7 + 131)  # it keeps from the first on, when all others wait
+    # With room for all of them, what is reduced is a copy.
+    roomy = replace(setting, reduce_bucket_size=131)
+    assert estimate(named, "adamw", roomy, rank=0).buckets == 2 * (131 + 131 - 80)
+    assert estimate(named, "adamw", roomy, overlap_comm=True, rank=0).buckets == 2 * (2 * 131 + 131 - 80)
+    assert estimate(named, "adamw", roomy, ranks=1).buckets == 0 + 2 * 131  # one rank: nothing is copied
     assert estimate(named, "adamw", setting).rank == 1  # it holds the most
     full = estimate(named, "adamw", setting, dtype=torch.float32, rank=0)
     assert full.step == max(4 * 66, 8 * 40) and full.gradients == 2 * first.gradients
@@ -184,7 +194,16 @@ def test_stages_by_hand() -> None:
     partition = 20 + 20 + 20 + 6
     assert third.parameters == 2 * (partition + 11) and third.gradients == 2 * partition
     assert third.held == third.parameters + 4 * partition + third.state_bytes + third.gradients + 2 * 7
+    # All parameters are fetched at once into a buffer, from which they are copied.
     assert third.buckets == 2 * (7 + 120 + 120)
+    # One by one, each in place. Of the last two gradients the first is reduced in a copy, since it needs padding.
+    alone = {"zero": 3, "prefetch_bucket_size": 0}
+    assert estimate(named, "adamw", setting, **alone).buckets == 2 * (7 + 120 + 11 + 12 + 40)
+    # Released in between: one parameter, its gradient, and the one before.
+    few = {**alone, "max_reuse_distance": 0}
+    assert estimate(named, "adamw", setting, **few).buckets == 2 * (7 + 3 * 40)
+    # The bucket is reduced in a copy, and the first module's parameter is still there.
+    assert estimate(named, "adamw", roomy, **few).buckets == 2 * (131 + 40 + 132)
     assert third.step == 6 * partition - 2 * 11
     assert estimate(named, "adafactor", setting, rank=0).state["variance"] == 4 * 66  # a flat partition has no rows
 
