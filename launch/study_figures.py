@@ -15,11 +15,11 @@ COLOURS = {
     "amos_plain": "navy", "amos_plain_tuned": "darkblue",
     "adamw_tuned": "tab:red", "adamw": "tab:orange", "muon": "tab:green", "adafactor": "tab:brown",
     "lamb": "tab:pink", "sgd": "tab:gray", "relative": "yellowgreen", "relative_tuned": "tab:olive",
-    "relative_adafactor": "darkkhaki",
+    "relative_rule": "olivedrab", "relative_muon": "limegreen", "relative_adafactor": "darkkhaki",
 }  # fmt: skip
 VARIANT = "slateblue"  # other variants of Amos
 MARKERS = "ovsDP^X<*>hp8d"
-HEADLINE = ("amos", "amos_rule", "amos_tuned", "adamw_tuned", "adamw", "muon")  # of the curves
+HEADLINE = ("amos", "amos_rule", "amos_tuned", "adamw_tuned", "adamw", "muon", "relative_muon")  # of the curves
 YARDSTICK = "adamw_tuned"
 
 

@@ -195,12 +195,16 @@ def sgd(model: nn.Module, lr: float, *, weight_decay: float, momentum: float, ne
     return [torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)]
 
 
+def hidden_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What Muon is for, and the rest: embeddings, heads, vectors, convolutions."""
+    first_and_last = ("embedding.", "position", "head.", "patches.")
+    hidden = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith(first_and_last)]
+    return hidden, [p for p in model.parameters() if not any(p is each for each in hidden)]
+
+
 def muon(model: nn.Module, lr: float, *, weight_decay: float, momentum: float, adam: float) -> list[Optimizer]:
     """torch's, with steps of AdamW's size, for the matrices of hidden layers; AdamW at `adam` times lr for the rest."""
-    first_and_last = ("embedding.", "position", "head.", "patches.")
-    named = list(model.named_parameters())
-    hidden = [p for name, p in named if p.dim() == 2 and not name.startswith(first_and_last)]
-    rest = [p for _, p in named if not any(p is each for each in hidden)]
+    hidden, rest = hidden_matrices(model)
     made: list[Optimizer] = [torch.optim.AdamW(rest, lr=adam * lr, betas=(0.9, 0.95), weight_decay=0.0)]
     if hidden:
         of_adam = "match_rms_adamw"
@@ -209,14 +213,19 @@ def muon(model: nn.Module, lr: float, *, weight_decay: float, momentum: float, a
 
 
 def relative(model: nn.Module, lr: float, *, base: str, **keywords: Any) -> list[Optimizer]:
-    """RelativeStep around a torch optimizer, whose own lr and weight decay take no part."""
+    """RelativeStep around torch optimizers, whose own lr and weight decay take no part; beside Muon around Adam."""
     params = list(model.parameters())
-    bases: dict[str, Callable[[], Optimizer]] = {
-        "adam": lambda: torch.optim.Adam(params, betas=(0.9, 0.95)),
-        "adafactor": lambda: torch.optim.Adafactor(params),
-        "sgd": lambda: torch.optim.SGD(params, momentum=0.9),
+    bases: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+        "adam": lambda some: torch.optim.Adam(some, betas=(0.9, 0.95)),
+        "adafactor": torch.optim.Adafactor,
+        "muon": lambda some: torch.optim.Muon(some, weight_decay=0.0, momentum=0.9),
+        "sgd": lambda some: torch.optim.SGD(some, momentum=0.9),
     }
-    return [RelativeStep(bases[base](), lr=lr, **keywords)]
+    parts = [(base, params)]
+    if base == "muon":
+        hidden, rest = hidden_matrices(model)
+        parts = [("muon", hidden), ("adam", rest)]
+    return [RelativeStep(bases[name](some), lr=lr, **keywords) for name, some in parts if some]
 
 
 BUILDERS: dict[str, Callable[..., list[Optimizer]]] = {

@@ -216,6 +216,18 @@ ENTRIES = {
             {"optimizer": "relative", "base": "adam", "lr": "1/sqrt(batches)"},
         ),
         Entry(
+            "relative_rule",
+            "RelativeStep(Adam), untuned, by Amos's rule",
+            {"optimizer": "relative", "base": "adam"} | LINEAR | LONG_WARMUP | {"lr": "1/sqrt(predicted)"},
+        ),
+        Entry(
+            "relative_muon",
+            "RelativeStep(Muon), untuned, by Amos's rule",
+            {"optimizer": "relative", "base": "muon"} | LINEAR | LONG_WARMUP | {"lr": "1/sqrt(predicted)"},
+            tasks="all",
+            without=("cnn",),  # as Muon
+        ),
+        Entry(
             "relative_tuned",
             "RelativeStep(Adam), tuned",
             {"optimizer": "relative", "base": "adam"},
