@@ -12,14 +12,14 @@ from study_tasks import Task
 
 COLOURS = {
     "amos": "tab:blue", "amos_tuned": "tab:cyan", "amos_rule": "royalblue",
-    "amos_plain": "navy", "amos_plain_tuned": "darkblue",
+    "amos_plain": "navy", "amos_plain_tuned": "darkblue", "amos_muon": "darkviolet",
     "adamw_tuned": "tab:red", "adamw": "tab:orange", "muon": "tab:green", "adafactor": "tab:brown",
     "lamb": "tab:pink", "sgd": "tab:gray", "relative": "yellowgreen", "relative_tuned": "tab:olive",
     "relative_rule": "olivedrab", "relative_muon": "limegreen", "relative_adafactor": "darkkhaki",
 }  # fmt: skip
 VARIANT = "slateblue"  # other variants of Amos
 MARKERS = "ovsDP^X<*>hp8d"
-HEADLINE = ("amos", "amos_rule", "amos_tuned", "adamw_tuned", "adamw", "muon", "relative_muon")  # of the curves
+HEADLINE = ("amos", "amos_rule", "amos_tuned", "adamw_tuned", "adamw", "muon", "amos_muon")  # of the curves
 YARDSTICK = "adamw_tuned"
 
 

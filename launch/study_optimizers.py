@@ -228,8 +228,22 @@ def relative(model: nn.Module, lr: float, *, base: str, **keywords: Any) -> list
     return [RelativeStep(bases[name](some), lr=lr, **keywords) for name, some in parts if some]
 
 
+def amos_muon(model: nn.Module, lr: float, *, sigma: str, **keywords: Any) -> list[Optimizer]:
+    """RelativeStep around Muon for the matrices of hidden layers, Amos for the rest, at one rate."""
+    hidden, rest = hidden_matrices(model)
+    kept = {id(param) for param in rest}
+    groups = [
+        group | {"params": [pair for pair in group["params"] if id(pair[1]) in kept]}
+        for group in param_groups(model, sigma=sigma)
+    ]
+    made: list[Optimizer] = [Amos([group for group in groups if group["params"]], lr=lr, **keywords)]
+    if hidden:
+        made.append(RelativeStep(torch.optim.Muon(hidden, weight_decay=0.0, momentum=0.9), lr=lr))
+    return made
+
+
 BUILDERS: dict[str, Callable[..., list[Optimizer]]] = {
-    each.__name__: each for each in (amos, amos_variant, adamw, lamb, adafactor, sgd, muon, relative)
+    each.__name__: each for each in (amos, amos_variant, amos_muon, adamw, lamb, adafactor, sgd, muon, relative)
 }
 
 

@@ -154,6 +154,7 @@ ENTRIES = {
         variant("noclip", "gradients not clipped", clip=None),
         variant("direction", "momentum of the direction", optimizer="amos_variant", momentum_of="direction"),
         variant("rms", "the same, RMS clipped to 1", optimizer="amos_variant", momentum_of="direction", rms_clip=1.0),
+        variant("muon", "RelativeStep(Muon) for hidden matrices", tasks="small", optimizer="amos_muon"),
         Entry(
             "amos_plain_tuned",
             "Amos without momentum, tuned",

@@ -170,6 +170,14 @@ def verdicts(study: Study) -> str:
         for verdict, where in found.items():
             if where:
                 lines.append(f"* {entry.label}, is **{verdict}** than tuned AdamW on: {', '.join(where)}.")
+    for entry in (e for e in study.entries if not e.name.startswith("amos") and e.name != YARDSTICK):
+        where = []
+        for task in study.tasks:
+            loss, best = loss_of(study, entry, task), loss_of(study, ENTRIES["amos_tuned"], task)
+            if beside(loss, best) == "better":
+                where.append(f"{task.title} ({loss.mean - best.mean:+.4f})")
+        if where:
+            lines.append(f"* {entry.label}, is **better** than tuned Amos on: {', '.join(where)}.")
     text = "\n".join(lines).replace("**as good** than tuned", "**as good** as tuned")
     return text or "Not enough has run to say."
 

@@ -137,6 +137,45 @@ def test_the_own_decay_of_amos_ends_where_it_is_told() -> None:
             assert 1 / (1 + group["d_coef"] * math.sqrt(0.03 * group["sigma"]) * b) == pytest.approx(0.1, rel=0.1)
 
 
+def test_every_entry_moves_each_parameter_once() -> None:
+    """Also where an optimizer takes the hidden matrices and another one the rest."""
+    from study_optimizers import build
+    from study_plan import ENTRIES, TUNING_SEED
+    from study_tasks import TASKS
+
+    for task in (TASKS["gpt-small"], TASKS["cnn"]):
+        torch.manual_seed(TUNING_SEED)
+        model = task.model()
+        for entry in (each for each in ENTRIES.values() if each.is_for(task)):
+            made = build(model, entry.start(), 0.01, 10)
+            taken = [id(param) for one in made for group in one.param_groups for param in group["params"]]
+            assert sorted(taken) == sorted(map(id, model.parameters())), entry.name
+            before = [param.detach().clone() for param in model.parameters()]
+            for param in model.parameters():
+                param.grad = torch.randn_like(param)
+            for one in made:
+                one.step()
+            moved = [(p - q).abs().max() > 0 for p, q in zip(model.parameters(), before, strict=True)]
+            assert all(moved), entry.name
+
+
+def test_what_is_better_than_amos_is_said() -> None:
+    """By more than two standard errors, whatever it is."""
+    import study_plan
+    import study_report
+    import study_tasks
+
+    entries = [study_plan.ENTRIES[name] for name in ("adamw_tuned", "amos_tuned", "muon", "sgd")]
+    study = study_plan.Study([study_tasks.TASKS["lstm"]], entries, {})
+    losses = {"adamw_tuned": 1.5, "amos_tuned": 1.4, "muon": 1.3, "sgd": 1.45}
+    while waiting := study.waiting():
+        for job in waiting:
+            pretend(study, job, losses[job["entry"]] + 1e-3 * job["seed"])
+    said = study_report.verdicts(study)
+    assert "Amos, tuned, is **better** than tuned AdamW" in said
+    assert "* Muon, tuned, is **better** than tuned Amos on: LSTM, 0.5 M (-0.1000)." in said and "SGD" not in said
+
+
 def test_lamb_is_adam_with_the_norm_of_relative_step() -> None:
     from study_optimizers import LAMB
 
