@@ -135,7 +135,9 @@ def estimate(
         )
     if rank is not None and not 0 <= rank < setting.ranks:
         raise ValueError(f"rank={rank} is not among {setting.ranks} ranks. Give 0 to {setting.ranks - 1}.")
-    parameters = parameters_of(model) if isinstance(model, str) else list(model)
+    parameters = [each for each in (parameters_of(model) if isinstance(model, str) else model) if total([each])]
+    if not parameters:
+        raise ValueError("no parameter of the model has an element. Give a model that can be trained.")
     return (_partitioned if setting.zero else _whole)(parameters, optimizer, setting, rank)
 
 
@@ -162,17 +164,18 @@ def _whole(parameters: list[Parameter], optimizer: str, setting: Setting, rank: 
 def _partitioned(parameters: list[Parameter], optimizer: str, setting: Setting, rank: int | None) -> Estimate:
     """DeepSpeed, seen with 0.19.8."""
     keeper = KEEPERS.get(optimizer)
-    groups = [parameters]
+    groups = [list(range(len(parameters)))]
     if keeper is not None:
         own = [keeper.takes(each.shape) for each in parameters]
-        groups = [
-            [p for p, is_own in zip(parameters, own, strict=True) if is_own == wanted] for wanted in (True, False)
-        ]
-    model = Model(groups, setting.moments if keeper is None else "row")
+        groups = [[place for place, is_own in enumerate(own) if is_own == wanted] for wanted in (True, False)]
+    model = Model(
+        [[parameters[place] for place in group] for group in groups], setting.moments if keeper is None else "row"
+    )
     plan = Plan(setting.zero, setting.ranks, AMOS.get(optimizer), setting.dtype, setting.sub_group_size)
     flats = model.partitions(plan)
-    names = [each.name for group in groups for each in group]
-    by_name = dict(zip(names, (spread for flat in flats for spread in flat.spreads), strict=True))
+    spreads = dict(zip(itertools.chain(*groups), itertools.chain(*(flat.spreads for flat in flats)), strict=True))
+    # As passes.py has them: what the whole model has itself comes last.
+    forward = sorted(spreads, key=lambda place: ("." not in parameters[place].name, place))
     if rank is None:
         most = {forecast(model, plan).most.rank} if keeper is None else {0}
         ranks = most if setting.zero == 3 else most | _busiest(flats, setting.ranks)
@@ -191,7 +194,7 @@ def _partitioned(parameters: list[Parameter], optimizer: str, setting: Setting, 
         if setting.zero == 3:
             has = _stage3(parameters, flats, setting, one, temporary)
         else:
-            has = _stage12([by_name[each.name] for each in parameters], flats, setting, one, temporary)
+            has = _stage12([spreads[place] for place in forward], flats, setting, one, temporary)
         found.append(
             Estimate(optimizer, setting, total(parameters), one, **has._asdict(), state=state, workspace=workspace)
         )
@@ -251,10 +254,12 @@ def _stage3(parameters: list[Parameter], flats: list[Flat], setting: Setting, ra
     """Partitions, and whole parameters that are small. Its bucket and its gradients' partition are always there."""
     size, partition = setting.dtype.itemsize, sum(flat.numel for flat in flats)
     threshold = setting.param_persistence_threshold
-    persistent = sum(one for each in parameters if (one := total([each])) <= threshold)
+    persistent = sum(one for each in parameters if (one := total([each])) <= threshold) if setting.ranks > 1 else 0
     bucket, gradients = size * setting.reduce_bucket_size, size * partition
-    sub_group = max(flat.numel for flat in flats)
     norm = DOUBLE * max((piece.length for flat in flats for piece in flat.pieces(rank)), default=0)
+    # In float32 the gradient of one parameter alone is stepped as it is.
+    joined = [flat.numel for flat in flats if len(flat.keys) > 1 or size < FLOAT]
+    sub_group = max(joined, default=0)
     step = max(_copies(setting.dtype) * sub_group, norm, FLOAT * sub_group + temporary)
     step = max(0, step - size * persistent)  # which are gathered again at its end
     passing = Gathered(

@@ -1,6 +1,7 @@
 """What DeepSpeed holds within a forward and backward pass, walked through as it goes: read and measured with 0.19.8.
 
-All sizes are in elements. Modules run in the order of their parameters, and backwards in the opposite one.
+All sizes are in elements. Modules run in the order of their parameters, and what the whole model has itself comes last;
+backwards it is the opposite order.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ class Gathered(_Walk):
         bucket_size: int,
     ) -> None:
         self.sizes = [total([each]) for each in parameters]
+        self.is_alone = ranks == 1  # then parameters are their partitions: nothing is gathered
         self.padded = [-(-size // ranks) * ranks for size in self.sizes]
         self.persistent = {key for key, size in enumerate(self.sizes) if size <= threshold}
         self.prefetch, self.max_live, self.max_reuse, self.bucket_size = prefetch, max_live, max_reuse, bucket_size
@@ -137,17 +139,21 @@ class Gathered(_Walk):
         whole, *others = self.modules
         visits = [whole, *others, whole, *reversed(others)]
         self.queue.extend((key, visit) for visit, keys in enumerate(visits) for key in keys)
-        behind = sum(self.sizes)
-        for visit, keys in enumerate(visits):
+        of_whole = sum(self.sizes[key] for key in whole)
+        behind = sum(self.sizes) - of_whole
+        for visit, keys in enumerate(visits[: len(self.modules)]):
             self._fetch(keys, visit)
-            if visit < len(self.modules):
+            if visit:
                 behind -= sum(self.sizes[key] for key in keys)
-                # The way to its second use goes twice through all modules behind it.
-                self._release(keys, visit, comes_again=2 * behind < self.max_reuse)
-                continue
+                # The way to its second use goes twice through all modules behind it, and through the whole model.
+                self._release(keys, visit, comes_again=2 * behind + of_whole < self.max_reuse)
+        self._release(whole, len(others), comes_again=self.max_reuse > 0)
+        for visit, keys in enumerate(visits[len(self.modules) :], len(self.modules)):
+            self._fetch(keys, visit)
             for key in reversed(keys):
                 self._reduce(key)
-            if visit + 1 < len(visits):  # the first module's input has no gradient, which would tell that it is done
+            # The input of the whole model and of its first module has no gradient, which would tell that they are done.
+            if len(self.modules) < visit < len(visits) - 1:
                 self._release(keys, visit, comes_again=False)
         self._flush()
         return self.most
@@ -156,7 +162,7 @@ class Gathered(_Walk):
         if keys:
             self.live += sum(self.sizes[key] for key in keys)
             self.gathers.update(dict.fromkeys(keys, _Gather(keys)))
-            self.hold(sum(self.padded[key] for key in keys))
+            self.hold(0 if self.is_alone else sum(self.padded[key] for key in keys))
 
     def _fetch(self, keys: list[int], visit: int) -> None:
         """What a module needs; then more of what comes next, whatever is on its way already."""
@@ -177,13 +183,16 @@ class Gathered(_Walk):
         self._gather(list(coming))
 
     def _wait(self, gather: _Gather) -> None:
-        is_alone = len(gather.keys) == 1
+        if self.is_alone:
+            self.here.update(dict.fromkeys(gather.keys, 0))
+            return
+        is_copied = len(gather.keys) > 1
         if not gather.is_done:
             gather.is_done = True
-            self.here.update({key: (self.padded if is_alone else self.sizes)[key] for key in gather.keys})
-            self.hold(0 if is_alone else sum(self.sizes[key] for key in gather.keys))
+            self.here.update({key: (self.sizes if is_copied else self.padded)[key] for key in gather.keys})
+            self.hold(sum(self.sizes[key] for key in gather.keys) if is_copied else 0)
         gather.waiting -= 1
-        if not gather.waiting and not is_alone:
+        if not gather.waiting and is_copied:
             self.hold(-sum(self.padded[key] for key in gather.keys))
 
     def _release(self, keys: list[int], visit: int, comes_again: bool) -> None:

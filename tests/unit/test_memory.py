@@ -208,6 +208,27 @@ def test_stages_by_hand() -> None:
     assert estimate(named, "adafactor", setting, rank=0).state["variance"] == 4 * 66  # a flat partition has no rows
 
 
+def test_stage_3_by_hand() -> None:
+    """What the whole model has itself stays until the last gradient; on one rank nothing is gathered."""
+    named = [Parameter("own", (30,)), Parameter("a.weight", (40,)), Parameter("b.weight", (20,))]
+    setting = Setting(3, 2, reduce_bucket_size=7, param_persistence_threshold=0, prefetch_bucket_size=0)
+    few = replace(setting, max_reuse_distance=0)
+    # Backwards its gradient comes first, then b's, then a's beside b's.
+    assert estimate(named, "adamw", few).buckets == 2 * (7 + 30 + 40 + 20 + 40)
+    alone = estimate(named, "adamw", setting, ranks=1)
+    assert alone.parameters == 2 * 90 and alone.buckets == 2 * (7 + 20 + 40)  # two gradients
+    assert estimate(named, "adamw", setting, ranks=1, param_persistence_threshold=100).parameters == 2 * 90
+
+
+def test_parameters_without_elements() -> None:
+    named = [Parameter("a.weight", (3, 4)), Parameter("a.none", (0,)), Parameter("b.weight", (5,))]
+    for zero in (0, 1, 2, 3):
+        with_none, without = (estimate(some, "amos", zero=zero, ranks=2) for some in (named, named[::2]))
+        assert with_none == without
+        with pytest.raises(ValueError, match="no parameter of the model has an element"):
+            estimate(named[1:2], "adamw", zero=zero)
+
+
 def test_what_amos_adds_up_is_what_scaling_says() -> None:
     from amos_dist.scaling.forecast import Model, forecast_of_rank
     from amos_dist.scaling.forecast import Setting as Plan
