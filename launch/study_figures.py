@@ -14,7 +14,7 @@ COLOURS = {
     "amos": "tab:blue", "amos_tuned": "tab:cyan", "amos_rule": "royalblue",
     "amos_plain": "navy", "amos_plain_tuned": "darkblue", "amos_muon": "darkviolet",
     "adamw_tuned": "tab:red", "adamw": "tab:orange", "muon": "tab:green", "adafactor": "tab:brown",
-    "lamb": "tab:pink", "sgd": "tab:gray", "relative": "yellowgreen", "relative_tuned": "tab:olive",
+    "lamb": "tab:pink", "sgd": "tab:gray", "relative_tuned": "tab:olive",
     "relative_rule": "olivedrab", "relative_muon": "limegreen", "relative_adafactor": "darkkhaki",
 }  # fmt: skip
 VARIANT = "slateblue"  # other variants of Amos

@@ -212,21 +212,16 @@ ENTRIES = {
             ),
         ),
         Entry(
-            "relative",
-            "RelativeStep(Adam), untuned",
-            {"optimizer": "relative", "base": "adam", "lr": "1/sqrt(batches)"},
-        ),
-        Entry(
             "relative_rule",
             "RelativeStep(Adam), untuned, by Amos's rule",
             {"optimizer": "relative", "base": "adam"} | LINEAR | LONG_WARMUP | {"lr": "1/sqrt(predicted)"},
+            without=("cnn",),
         ),
         Entry(
             "relative_muon",
             "RelativeStep(Muon), untuned, by Amos's rule",
             {"optimizer": "relative", "base": "muon"} | LINEAR | LONG_WARMUP | {"lr": "1/sqrt(predicted)"},
-            tasks="all",
-            without=("cnn",),  # as Muon
+            without=("cnn",),
         ),
         Entry(
             "relative_tuned",

@@ -161,7 +161,7 @@ def speeds(study: Study) -> str:
 def verdicts(study: Study) -> str:
     """Where Amos loses, ties and wins, in sentences."""
     lines = []
-    for entry in (e for e in study.entries if e.name in ("amos", "amos_rule", "amos_tuned")):
+    for entry in (e for e in study.entries if e.name in ("amos", "amos_rule", "amos_tuned", "amos_muon")):
         found: dict[str, list[str]] = {"worse": [], "as good": [], "better": []}
         for task in study.tasks:
             loss, other = loss_of(study, entry, task), loss_of(study, ENTRIES[YARDSTICK], task)
