@@ -15,7 +15,8 @@ from tests.distributed.harness import run_cases
 
 WORKER = Path(__file__).with_name("zero_checkpoint_worker.py")
 FOLDER = tempfile.TemporaryDirectory()
-TOLERANCE = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 3e-3}  # max-norm, relative, after ten more steps on other ranks
+# Max-norm, relative, after ten more steps on other ranks; fp16: five roundings, since CPUs differ in how they multiply.
+TOLERANCE = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 5e-3}
 AUTO = {"lr": 0.02, "beta": 0.95}  # sigma is measured
 KINDS = [
     {"match": "head", "moments": "row", "sigma": 0.2, "lr": 0.01},

@@ -84,7 +84,7 @@ class Oracle:
         if any(param.grad is not None for param, _, _ in some):
             self._note_starts(some)
             self._round_momentum(some)
-        if self._is_trial(some) or self._is_skipped(some):
+        if self._is_trial(optimizer, some) or self._is_skipped(some):
             return
         for number, (param, name, group) in enumerate(some):
             if param.grad is None:
@@ -112,10 +112,13 @@ class Oracle:
                     momentum, state["momentum_scale"] = _narrowed(momentum)
                 state["momentum"] = momentum.to(dtype)
 
-    def _is_trial(self, some: list[tuple[Tensor, str, dict[str, Any]]]) -> bool:
-        """The first step, with lr=0 and gradients of zero, is none."""
+    def _is_trial(self, optimizer: Amos, some: list[tuple[Tensor, str, dict[str, Any]]]) -> bool:
+        """The first step, with lr=0 and gradients of zero, is none.
+
+        What is frozen takes part, where a step that was skipped has left it a state.
+        """
         pairs = list(zip(some, self.states, strict=True))
-        taken = [(p, g, s) for (p, _, g), s in pairs if p.requires_grad or s or p.grad is not None]
+        taken = [(p, g, s) for (p, _, g), s in pairs if p.requires_grad or optimizer.state.get(p) or p.grad is not None]
         return all(not (g["capturable"] or float(g["lr"]) or s) for _, g, s in taken) and not any(
             bool(p.grad.any()) for p, _, _ in taken if p.grad is not None
         )
@@ -153,6 +156,7 @@ class Oracle:
                 if "momentum_scale" in expected and "momentum_scale" not in state:
                     # Loaded, and not stepped since: float32, of the very numbers that the 8 bits had.
                     state["momentum"], state["momentum_scale"] = _narrowed(state["momentum"])
+                kept = dict(state)  # what was written reaches the optimizer's own master with its next step only
                 follow_weights(state, param.detach())
                 follow_weights(expected, copy)
                 tolerance = Tolerance(table.param * (1 if param.dtype in LOW else tall), table.state * tall)
@@ -161,7 +165,7 @@ class Oracle:
                     assert not (beyond := beyond_neighbours(param.detach(), copy, tolerance.state)), f"{here}: {beyond}"
                 if param.dtype in LOW or expected.get("momentum", copy).dtype in (*LOW, torch.int8):
                     copy.copy_(param.detach())
-                    expected.update({key: value.clone() for key, value in state.items() if key != "step"})
+                    expected.update({key: value.clone() for key, value in kept.items() if key != "step"})
 
 
 def slack_of_few(numel: int) -> float:
