@@ -28,7 +28,7 @@ MEANS = {
 }
 BLOCK = "amos_dist.memory.watch"  # a mark in the profile
 COLLECTIVES = "c10d"  # the namespace of torch's operators of collectives
-LET_GO = 0.001  # seconds; gloo's thread needs some microseconds
+LET_GO = 0.02  # seconds; gloo's thread needs microseconds, and its turn on a machine that is busy
 
 
 class Watch:
