@@ -8,8 +8,9 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch.optim import Optimizer
@@ -21,6 +22,7 @@ from .relative_step import RelativeStep
 
 HALF = math.sqrt(2) - 1  # 1 / (1 + HALF)^2 = 1/2
 _L2 = ("Adagrad", "Adadelta", "Adamax", "ASGD", "RMSprop", "Rprop")  # what torch adds to the gradient is no decay
+_NOT_ADAM_LIKE = ("Adafactor", "Muon")  # their steps are relative to the parameter, or to its shape
 
 
 class _Decay(LRScheduler):
@@ -31,8 +33,8 @@ class _Decay(LRScheduler):
         warmup: in steps.
         sigma: the scale of the entries, of groups that have no `sigma` of their own. It couples their weight decay:
             rho_t = lr_0^2 / (2 q sigma^2) f(t), of Adam-like directions, whose lr is alpha_0 sigma. That is what
-            the optimizer takes off as lr * weight_decay (AdamW, Muon: weight_decay = lr_0 / (2 q sigma^2)).
-            None: weight decay is left alone.
+            the optimizer takes off as lr * weight_decay (AdamW: weight_decay = lr_0 / (2 q sigma^2)). Of directions
+            that are no Adam's (Muon, Adafactor) there is a warning. None: weight decay is left alone.
         q: the larger, the weaker the weight decay. Su: 1.
         independent: the optimizer takes off weight_decay itself, not times lr.
 
@@ -61,7 +63,9 @@ class _Decay(LRScheduler):
         if sigma is not None:
             for group in optimizer.param_groups:
                 _refuse_uncoupled(optimizer, group)
+                _check_sigma(group.get("sigma", sigma))
                 weight_decay_for(1.0, group.get("sigma", sigma), q)
+            _warn_of_other_directions(optimizer)
         super().__init__(optimizer, last_epoch)
 
     def factor(self, t: float) -> float:
@@ -78,6 +82,11 @@ class _Decay(LRScheduler):
         return [float(base) * scale for base in self.base_lrs]
 
     def step(self, epoch: int | None = None) -> None:
+        if len(self.optimizer.param_groups) != len(self.base_lrs):
+            raise ValueError(
+                f"the optimizer has {len(self.optimizer.param_groups)} parameter groups, and had {len(self.base_lrs)} "
+                f"when {type(self).__name__} was built. Add groups first, then build the scheduler."
+            )
         super().step(epoch)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             if self.sigma is not None and float(base):
@@ -98,6 +107,25 @@ def _refuse_uncoupled(optimizer: Optimizer, group: dict[str, Any]) -> None:
         raise ValueError(
             f"{kind} adds its weight_decay to the gradient, where it is not a share of the parameter. "
             "Use AdamW (or decoupled_weight_decay=True), RelativeStep around any optimizer, or leave sigma out."
+        )
+
+
+def _check_sigma(sigma: Any) -> None:
+    if not isinstance(sigma, SupportsFloat):  # a string has no __float__
+        raise ValueError(
+            f"sigma={sigma!r} of a parameter group is no number. Give the scheduler's sigma, and groups numbers or "
+            'none: param_groups(model, sigma="paper") makes numbers.'
+        )
+
+
+def _warn_of_other_directions(optimizer: Optimizer) -> None:
+    kind = type(optimizer).__name__
+    if kind in _NOT_ADAM_LIKE:
+        warnings.warn(
+            f"{kind}'s directions do not have entries of about 1, so that lr is not alpha_0 sigma, and the weight "
+            "decay that sigma couples may be hundreds of times too strong. RelativeStep around it measures its "
+            "directions: use that, or leave the scheduler's sigma out.",
+            stacklevel=4,
         )
 
 
@@ -165,9 +193,12 @@ def _integral_of(p: Callable[[float], float] | Sequence[Sequence[float]] | float
     """The integral of p from 0 to t, as a function of t."""
     if callable(p):
         return _Steps(p)
-    knots = [(0.0, p)] if isinstance(p, (int, float)) else [(float(t), float(value)) for t, value in p]
+    try:
+        knots = [(0.0, float(p))] if isinstance(p, (int, float)) else [(float(t), float(value)) for t, value in p]
+    except (TypeError, ValueError):
+        knots = []
     times = [t for t, _ in knots]
-    if not knots or any(a >= b for a, b in itertools.pairwise(times)) or times[0] < 0:
+    if not knots or not all(a < b for a, b in itertools.pairwise(times)) or not times[0] >= 0 or times[-1] == math.inf:
         raise ValueError(f"p={p!r} is no list of pairs [t, p] in the order of t, from 0 on. Give such a list.")
     for t, value in knots:
         _checked(value, t)

@@ -6,6 +6,7 @@ Sources: Tian & Parikh 2022 (arXiv 2210.11693), sections 2 and 5; J. Su, kexue.f
 from __future__ import annotations
 
 import math
+from typing import SupportsFloat
 
 INTERVALS = 400  # of Simpson's rule; its error is far below what a gradient's noise does
 HALVINGS = 64  # of an interval, in a search: down to the last bit of a double
@@ -54,6 +55,8 @@ def lr_for_half_life(steps: float, sigma: float, *, c_coef: float = 0.25, d_coef
     low, high = 1e-12, 1.0
     for name, value in (("sigma", sigma), ("d_coef", d_coef)):
         _positive(name, value)
+    if half_life(low, sigma, c_coef, d_coef) < steps:
+        raise ValueError(f"steps={steps} is too many: with lr={low} the rate has halved by then. Give fewer steps.")
     if half_life(high, sigma, c_coef, d_coef) > steps:
         raise ValueError(f"steps={steps} is too few: with lr=1 the rate has not halved by then. Give more steps.")
     while high / low > 1 + 1e-12:  # half_life falls as lr rises
@@ -63,7 +66,15 @@ def lr_for_half_life(steps: float, sigma: float, *, c_coef: float = 0.25, d_coef
 
 
 def half_life(lr: float, sigma: float, c_coef: float = 0.25, d_coef: float = 0.25) -> float:
-    """Steps until Amos's d = 1 / (1 + d_coef sqrt(lr sigma) b) is 1/2, for gradients that keep their size."""
+    """Steps until Amos's d = 1 / (1 + d_coef sqrt(lr sigma) b) is 1/2, for gradients that keep their size.
+
+    Raises:
+        ValueError: a number that is not positive (c_coef: negative).
+    """
+    for name, value in (("lr", lr), ("sigma", sigma), ("d_coef", d_coef)):
+        _positive(name, value)
+    if not 0 <= c_coef < math.inf:
+        raise ValueError(f"c_coef={c_coef!r} is out of range. Give a finite number, 0 or more.")
     return _steps_until(math.log1p(1 / (d_coef * math.sqrt(lr * sigma))), lr, c_coef)
 
 
@@ -116,6 +127,6 @@ def _steps_until(end: float, lr: float, c_coef: float) -> float:
 
 
 def _positive(name: str, value: float) -> float:
-    if not 0 < value < math.inf:
+    if not isinstance(value, SupportsFloat) or not 0 < float(value) < math.inf:
         raise ValueError(f"{name}={value!r} is out of range. Give a positive number.")
     return float(value)

@@ -126,7 +126,9 @@ class RelativeStep(Optimizer):
         if group["sigma"] == "auto":
             row_dims, called = [o.row_dims for o in taken], [o.name for o in taken]
             group["measured_sigma"] = scales(params, row_dims, called)
-        group["amos_group"], group["peak_lr"] = number, float(group["lr"])
+        # A scheduler of the base that was there first has lowered lr for its warm-up already.
+        peak = group.get("initial_lr", group["lr"]) if self._lr is None else group["lr"]
+        group["amos_group"], group["peak_lr"] = number, float(peak)
         self._originals += taken
 
     # ---- step --------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ REPORT_EVERY = 20  # runs
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--quick", action="store_true", help="a quarter of the steps, few optimizers, no large model; about 15 minutes")
+    add("--quick", action="store_true", help="a quarter of the steps, few optimizers, small models; about 15 minutes")
     add("--hours", type=float, metavar="H", help=f"start no run after that many ({HOURS:g}; {QUICK_MINUTES:g} minutes)")
     add("--out", type=Path, help="folder of the data and figures (docs/quality; out/quality_quick)")
     add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)}")
@@ -51,7 +51,7 @@ def study_of(args: argparse.Namespace, store: Store) -> Study:
     entries = args.entries or (QUICK_ENTRIES if args.quick else list(ENTRIES))
     chosen = [TASKS[name] for name in args.tasks or TASKS]
     if args.quick and not args.tasks:
-        chosen = [task for task in chosen if task.name != "gpt-large"]
+        chosen = [task for task in chosen if not task.if_named]
     shorter = {task.name: args.steps or task.steps // (QUICK_STEPS if args.quick else 1) for task in chosen}
     tasks = [
         replace(task, steps=shorter[task.name], seconds=task.seconds * shorter[task.name] / task.steps)

@@ -15,10 +15,10 @@ COLOURS = {
     "amos_plain": "navy", "amos_plain_tuned": "darkblue", "amos_muon": "darkviolet",
     "adamw_tuned": "tab:red", "adamw": "tab:orange", "muon": "tab:green", "adafactor": "tab:brown",
     "lamb": "tab:pink", "sgd": "tab:gray", "relative_tuned": "tab:olive",
-    "relative_rule": "olivedrab", "relative_muon": "limegreen", "relative_adafactor": "darkkhaki",
+    "relative_rule": "olivedrab", "relative_muon": "limegreen",
 }  # fmt: skip
 VARIANT = "slateblue"  # other variants of Amos
-MARKERS = "ovsDP^X<*>hp8d"
+MARKERS = "ovsDP^X<*>hp8dH1234+x"
 HEADLINE = ("amos", "amos_rule", "amos_tuned", "adamw_tuned", "adamw", "muon", "amos_muon")  # of the curves
 YARDSTICK = "adamw_tuned"
 
@@ -86,8 +86,8 @@ def curves(study: Study, task: Task, axes: Any) -> None:
 
 
 def lengths(study: Study, task: Task, axes: Any) -> None:
-    for entry in (each for each in study.entries if each.lengths):
-        found = [(length, finals(study.results(entry, task, length))) for length in (*entry.lengths, 1.0)]
+    for entry in (each for each in study.entries if len(each.lengths_on(task)) > 1 and each.is_for(task)):
+        found = [(length, finals(study.results(entry, task, length))) for length in entry.lengths_on(task)]
         some = [(length, losses) for length, losses in found if losses]
         if some:
             band(axes, [length for length, _ in some], [losses for _, losses in some], entry, marker="o")
@@ -124,7 +124,7 @@ def memory(study: Study, task: Task, axes: Any) -> None:
         if not runs or not math.isfinite(loss := statistics.fmean(finals(runs))):
             continue
         state = runs[0]["state_bytes"] / runs[0]["parameters"]
-        marker = MARKERS[number % len(MARKERS)]
+        marker = MARKERS[(number + number // len(MARKERS)) % len(MARKERS)]
         axes.scatter(state, loss, color=colour(entry), marker=marker, s=36, label=entry.label)
     if axes.has_data():
         axes.set(xlabel="bytes of state for each parameter", ylabel="final loss, nats", xlim=(-0.5, 9))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data
 from study_optimizers import COMMON, Setting, build, factor
 from study_plan import ADAMW, AMOS, RULE, SEEDS, Job, Run, final_loss, key_of
-from study_report import Loss, markdown, put
+from study_report import STUDENT, Loss, markdown, put
 from study_runs import Store, alone, train
 from study_tasks import TASKS, Data, Task
 
@@ -130,9 +130,10 @@ class Finetuning:
         model.load_state_dict(saved["model"])
         (optimizer,) = build(model, setting, setting["lr"], self.steps)
         if "goes_on" in job["setting"]:
+            built = [dict(group) for group in optimizer.param_groups]
             optimizer.load_state_dict(saved["optimizer"])
-            for group in optimizer.param_groups:  # the schedule begins anew
-                group["lr"] = group["initial_lr"] = setting["lr"]
+            for group, new in zip(optimizer.param_groups, built, strict=True):  # the state goes on, no setting does
+                group.update({key: value for key, value in new.items() if key != "params"})
         old, new = self.texts()
         return train(job, new, model, [optimizer], setting["lr"], old, EVALUATIONS)
 
@@ -175,7 +176,7 @@ def difference(runs: list[Run], others: list[Run], of: Any) -> str:
         return "–"
     mean, error = statistics.fmean(found), statistics.stdev(found) / len(found) ** 0.5
     shown = f"{mean:+.4f} ± {error:.4f}"
-    return f"**{shown}**" if abs(mean) > 2 * error else shown
+    return f"**{shown}**" if abs(mean) > STUDENT[len(found) - 1] * error else shown
 
 
 def made(study: Finetuning, store: Store, picture: str) -> str:
@@ -223,7 +224,7 @@ On the **old** text, after the same runs:
 {table(loss(old_loss), study.ways)}
 
 What a start of b changes beside b from 0, at the same rate, on the new text. Mean difference ± its standard error;
-bold: more than two of them:
+bold: by a paired t test at 5 %:
 
 {table(from_zero(final_loss), started)}
 

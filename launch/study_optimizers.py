@@ -95,7 +95,10 @@ class AmosVariant(Optimizer):
 
     Args:
         momentum_of: "update": m of the whole step, as Amos has it; "direction": m of g / sqrt(v), debiased, so that
-            the weight decay and a falling rate act at once.
+            the weight decay and a falling rate act at once; "marginals": of the step's means over rows and over
+            columns, which could be kept as two vectors, and the rest of the step without.
+        nesterov: the step is mixed into m once more.
+        own_decay: False: b stays 0.
         rms_clip: the direction's root mean square over a parameter is at most this, as in Adafactor.
     """
 
@@ -107,9 +110,11 @@ class AmosVariant(Optimizer):
         momentum: float,
         momentum_of: str = "direction",
         rms_clip: float | None = None,
+        nesterov: bool = False,
+        own_decay: bool = True,
     ) -> None:
         settings = {"lr": lr, "beta": beta, "momentum": momentum, "momentum_of": momentum_of, "rms_clip": rms_clip}
-        super().__init__(params, settings)
+        super().__init__(params, settings | {"nesterov": nesterov, "own_decay": own_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -141,9 +146,14 @@ class AmosVariant(Optimizer):
         if group["momentum_of"] == "direction":
             direction = state["m"].lerp_(direction, 1 - momentum) / (1 - momentum ** state["step"])
         update = d * (rate * sigma * direction + gamma / 2 * theta)
+        if group["momentum_of"] == "marginals":
+            means = update.mean(1, keepdim=True) + update.mean(0) - update.mean()
+            update = update - means + state["m"].lerp_(means, 1 - momentum)
         if group["momentum_of"] == "update":
-            update = state["m"].lerp_(update, 1 - momentum)
-        b.add_(gamma * (1 + b))
+            mixed = state["m"].lerp_(update, 1 - momentum)
+            update = mixed.lerp(update, 1 - momentum) if group["nesterov"] else mixed
+        if group["own_decay"]:
+            b.add_(gamma * (1 + b))
         theta.sub_(update)
 
 
@@ -217,9 +227,7 @@ def relative(model: nn.Module, lr: float, *, base: str, **keywords: Any) -> list
     params = list(model.parameters())
     bases: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
         "adam": lambda some: torch.optim.Adam(some, betas=(0.9, 0.95)),
-        "adafactor": torch.optim.Adafactor,
         "muon": lambda some: torch.optim.Muon(some, weight_decay=0.0, momentum=0.9),
-        "sgd": lambda some: torch.optim.SGD(some, momentum=0.9),
     }
     parts = [(base, params)]
     if base == "muon":

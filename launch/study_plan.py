@@ -54,9 +54,10 @@ class Entry:
         setting: what differs from COMMON. With a tuning it is where that starts.
         tuning: None: the setting is run as it is.
         wave: entries of a lower wave run first.
-        tasks: all but the large model ("small"), of these those on language ("language"), or "all".
+        tasks: "small" ones, or of these those on language ("language").
+        also: of the tasks that only run for who names them.
         without: tasks where it makes no sense.
-        lengths: shares of the task's steps for which it is run too, in a later wave, with schedules that end there.
+        lengths: shares of a small task's steps for which it is run too, in a later wave, with schedules that end there.
     """
 
     name: str
@@ -65,33 +66,39 @@ class Entry:
     tuning: Tuning | None = None
     wave: int = 2
     tasks: str = "small"
+    also: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     lengths: tuple[float, ...] = ()
 
     def is_for(self, task: Task) -> bool:
-        if task.name in self.without or (task.name == "gpt-large" and self.tasks != "all"):
-            return False
+        if task.if_named or task.name in self.without:
+            return task.name in self.also
         return self.tasks != "language" or task.language
 
     def start(self) -> Setting:
         rate = {"lr": self.tuning.rates()[RATES // 2]} if self.tuning else {}
         return COMMON | self.setting | rate
 
-    def runs(self) -> int:
+    def lengths_on(self, task: Task) -> tuple[float, ...]:
+        """All, from the shortest to the whole."""
+        return (1.0,) if task.if_named else (*self.lengths, 1.0)
+
+    def runs(self, task: Task) -> int:
         """How many there are on one task."""
-        return (self.tuning.trials if self.tuning else 0) + len(SEEDS) * (1 + len(self.lengths))
+        return (self.tuning.trials if self.tuning else 0) + len(SEEDS) * len(self.lengths_on(task))
 
     def wave_of(self, task: Task, setting: Setting) -> int:
         return self.wave + task.wave + (LATER if setting["length"] < 1 else 0)
 
-    def work(self) -> float:
+    def work(self, task: Task) -> float:
         """The same in runs of the full length."""
-        return self.runs() - len(SEEDS) * sum(1 - length for length in self.lengths)
+        return self.runs(task) - len(SEEDS) * sum(1 - length for length in self.lengths_on(task))
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 SHORTER, LATER = (0.5, 0.7, 0.85), 2
+LARGE, BATCH = "gpt-large", "gpt-batch"
 AMOS: Setting = {"optimizer": "amos", "lr": "1/sqrt(batches)", "sigma": "paper", "beta": 0.99, "momentum": 0.9}
 LINEAR, LONG_WARMUP, UNCLIPPED = {"schedule": "linear"}, {"warmup": 0.15}, {"clip": None}
 # What came of the tuning on three language tasks: docs/quality.md says how.
@@ -117,26 +124,35 @@ RELATIVE_CHANGES: tuple[Setting, ...] = (
 )
 
 
-def variant(name: str, label: str, tasks: str = "language", wave: int = 1, **changes: Any) -> Entry:
+def variant(
+    name: str,
+    label: str,
+    tasks: str = "language",
+    also: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
+    **changes: Any,
+) -> Entry:
     """Amos by the rule, with these settings changed."""
-    return Entry(f"amos_{name}", f"Amos, {label}", RULE | changes, wave=wave, tasks=tasks)
+    return Entry(f"amos_{name}", f"Amos, {label}", RULE | changes, None, 1, tasks, also, without)
 
 
 ENTRIES = {
     entry.name: entry
     for entry in (
-        Entry("amos", "Amos, untuned, 1/√N", AMOS, wave=0, tasks="all", lengths=SHORTER),
-        Entry("adamw_tuned", "AdamW, tuned", ADAMW, Tuning(2e-3, ADAM_CHANGES), 0, "all"),
+        Entry("amos", "Amos, untuned, 1/√N", AMOS, wave=0, lengths=SHORTER),
+        Entry(
+            "adamw_tuned", "AdamW, tuned", ADAMW, Tuning(2e-3, ADAM_CHANGES), 0, also=(LARGE, BATCH), lengths=SHORTER
+        ),
         Entry(
             "adamw",
             "AdamW, untuned",  # torch's numbers, with the warm-up and the cosine that untuned Amos has
             ADAMW | {"lr": 1e-3, "weight_decay": 0.01, "beta2": 0.999},
             wave=0,
-            tasks="all",
+            also=(LARGE,),
         ),
-        Entry("amos_tuned", "Amos, tuned", AMOS, Tuning(0.02, AMOS_CHANGES), 1, "all", lengths=SHORTER),
+        Entry("amos_tuned", "Amos, tuned", AMOS, Tuning(0.02, AMOS_CHANGES), 1, lengths=SHORTER),
         # Amos, one thing changed: what its defaults are to be set from
-        Entry("amos_rule", "Amos, untuned, by the rule", RULE, wave=0, tasks="all", lengths=SHORTER),
+        Entry("amos_rule", "Amos, untuned, by the rule", RULE, wave=0, also=(LARGE, BATCH), lengths=SHORTER),
         variant("momentum9", "momentum 0.9", momentum=0.9),
         variant("momentum5", "momentum 0.5", momentum=0.5),
         variant("steps", "1/√steps also where few are predicted", lr="1/sqrt(steps)"),
@@ -148,19 +164,40 @@ ENTRIES = {
         variant("auto", 'σ "auto"', sigma="auto"),
         variant("row", 'moments "row"', moments="row"),
         variant("beta999", "β 0.999", beta=0.999),
-        variant("plain", "no momentum, untuned", momentum=0.0),
+        variant("plain", "no momentum, untuned", also=(BATCH,), momentum=0.0),
         variant("bf16", "bf16 momentum", momentum_dtype="bfloat16"),
-        variant("int8", "8-bit momentum", momentum_dtype="int8"),
+        variant("int8", "8-bit momentum", also=(LARGE, BATCH), momentum_dtype="int8"),
         variant("noclip", "gradients not clipped", clip=None),
         variant("direction", "momentum of the direction", optimizer="amos_variant", momentum_of="direction"),
         variant("rms", "the same, RMS clipped to 1", optimizer="amos_variant", momentum_of="direction", rms_clip=1.0),
-        variant("muon", "RelativeStep(Muon) for hidden matrices", tasks="small", optimizer="amos_muon"),
+        variant("nesterov", "Nesterov's momentum", optimizer="amos_variant", momentum_of="update", nesterov=True),
+        variant("marginals", "momentum of rows' and columns' means", optimizer="amos_variant", momentum_of="marginals"),
+        variant("still", "its own decay off", optimizer="amos_variant", momentum_of="update", own_decay=False),
+        variant(
+            "lstm_once",
+            "σ of an LSTM as of other recurrent nets",  # sigma.md: why it has twice that
+            without=("gpt-small", "bert"),
+            rules=[
+                {"match": r"weight_ih", "sigma": 128**-0.25},
+                {"match": r"weight_hh", "sigma": 256**-0.25},
+                {"match": r"head\.weight", "sigma": 2.5 * 256**-0.25},
+            ],
+        ),
+        variant(
+            "muon",
+            "RelativeStep(Muon) for hidden matrices",
+            tasks="small",
+            also=(LARGE,),
+            without=("cnn",),  # it has no such matrices
+            optimizer="amos_muon",
+        ),
         Entry(
             "amos_plain_tuned",
             "Amos without momentum, tuned",
             AMOS | {"momentum": 0.0},
             Tuning(0.01, (*PLAIN_CHANGES, UNCLIPPED)),
             1,
+            "language",
         ),
         # The others
         Entry(
@@ -170,7 +207,6 @@ ENTRIES = {
             Tuning(
                 3e-3, (LINEAR, LONG_WARMUP, {"adam": 0.4}, {"momentum": 0.9}, {"weight_decay": 0.01}, {"momentum": 0.8})
             ),
-            tasks="all",
             without=("cnn",),  # torch's Muon takes matrices alone, and it has none but the head
         ),
         Entry(
@@ -228,12 +264,7 @@ ENTRIES = {
             "RelativeStep(Adam), tuned",
             {"optimizer": "relative", "base": "adam"},
             Tuning(0.02, RELATIVE_CHANGES),
-        ),
-        Entry(
-            "relative_adafactor",
-            "RelativeStep(Adafactor), tuned",
-            {"optimizer": "relative", "base": "adafactor"},
-            Tuning(0.02, RELATIVE_CHANGES),
+            tasks="language",
         ),
     )
 }
@@ -323,7 +354,7 @@ class Study:
         """Those that can run now."""
         if trials := self.tune(entry, task).missing:
             return trials
-        jobs = [job for length in (1.0, *entry.lengths) for job in self.seeds(entry, task, length)]
+        jobs = [job for length in entry.lengths_on(task) for job in self.seeds(entry, task, length)]
         return [job for job in jobs if key_of(job) not in self.runs]
 
     def pairs(self) -> Iterator[tuple[Entry, Task]]:
@@ -346,13 +377,13 @@ class Study:
         ]
 
     def planned(self) -> int:
-        return sum(entry.runs() for entry, _ in self.pairs())
+        return sum(entry.runs(task) for entry, task in self.pairs())
 
     def left(self, entry: Entry, task: Task) -> int:
         """Runs to go of one pair, those included that depend on others."""
-        seeds = sum(len(self.results(entry, task, length)) for length in (1.0, *entry.lengths))
-        return entry.runs() - self.tune(entry, task).done - seeds
+        seeds = sum(len(self.results(entry, task, length)) for length in entry.lengths_on(task))
+        return entry.runs(task) - self.tune(entry, task).done - seeds
 
     def seconds(self) -> float:
         """Of one core, for all that was planned."""
-        return sum(entry.work() * task.seconds for entry, task in self.pairs())
+        return sum(entry.work(task) * task.seconds for entry, task in self.pairs())

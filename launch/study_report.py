@@ -16,6 +16,7 @@ from study_tasks import Task
 BEGIN, END = "<!-- made by launch/study.py: begin -->", "<!-- made by launch/study.py: end -->"
 YARDSTICK = "adamw_tuned"
 CLAIM = 0.70  # the paper's share of AdamW's steps
+STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}  # 97.5 % of the t distribution, by degrees of freedom
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -50,48 +51,57 @@ def loss_of(study: Study, entry: Entry, task: Task, length: float = 1.0) -> Loss
     return Loss([final_loss(run) for run in study.results(entry, task, length)])
 
 
-def beside(loss: Loss, other: Loss) -> str:
-    """Whether a loss differs from another by more than two standard errors of their difference."""
-    if len(loss.values) < 2 or len(other.values) < 2:
+def differences(runs: list[Run], others: list[Run]) -> list[float]:
+    """Of final losses, seed by seed: both have started from the same weights, and seen the same batches."""
+    by_seed = {run["seed"]: final_loss(run) for run in others}
+    return [final_loss(run) - by_seed[run["seed"]] for run in runs if run["seed"] in by_seed]
+
+
+def verdict(runs: list[Run], others: list[Run]) -> str:
+    """Whether `runs` end better or worse than others, by a paired t test at 5 %; empty where it cannot be said."""
+    lost, others_lost = (any(run["diverged"] for run in some) for some in (runs, others))
+    found = differences(runs, others)
+    if len(found) < 2 or (lost and others_lost):
         return ""
-    if not math.isfinite(loss.mean):
-        return "worse"
-    error = math.hypot(loss.deviation / len(loss.values) ** 0.5, other.deviation / len(other.values) ** 0.5)
-    difference = loss.mean - other.mean
-    return "as good" if abs(difference) <= 2 * error else "worse" if difference > 0 else "better"
+    if lost or others_lost:
+        return "worse" if lost else "better"
+    error = statistics.stdev(found) / len(found) ** 0.5
+    if abs(statistics.fmean(found)) <= STUDENT[len(found) - 1] * error:
+        return "not told apart"
+    return "worse" if statistics.fmean(found) > 0 else "better"
 
 
 def crossing(points: list[tuple[float, float]], target: float) -> float | None:
-    """Where a falling line through (x, loss) is first at or below the target; None: nowhere."""
-    for number, (x, loss) in enumerate(points):
-        if loss <= target:
-            if number == 0:
-                return x
-            before, high = points[number - 1]
-            return before + (x - before) * (high - target) / (high - loss)
-    return None
+    """From where on a line through (x, loss) is at or below the target, up to its end; None: its end is above."""
+    if not points or points[-1][1] > target:
+        return None
+    above = [number for number, (_, loss) in enumerate(points) if loss > target]
+    if not above:
+        return points[0][0]
+    (x, high), (y, low) = points[above[-1] : above[-1] + 2]
+    return x + (y - x) * (high - target) / (high - low)
 
 
 def share_of_steps(study: Study, entry: Entry, task: Task) -> tuple[float | None, float | None]:
     """The share of tuned AdamW's steps after which its final loss is reached: on the way of full runs; by shorter runs.
 
-    None: not reached, or not known yet. The first is the mean over seeds, the second from the means over seeds.
+    Both of the means over seeds. None: not reached, or not known yet.
     """
     target = loss_of(study, ENTRIES[YARDSTICK], task)
     runs = study.results(entry, task)
-    if not target.values or not runs or not math.isfinite(target.mean):
+    if not target.values or not math.isfinite(target.mean) or not runs or any(run["diverged"] for run in runs):
         return None, None
-    reached = [crossing([(step, loss) for step, loss, _ in run["curve"]], target.mean) for run in runs]
-    on_the_way = [each / task.steps for each in reached if each is not None]
-    lengths = [(length, loss_of(study, entry, task, length)) for length in (*entry.lengths, 1.0)]
+    of_all = zip(*(run["curve"] for run in runs), strict=True)
+    way = crossing([(each[0][0], statistics.fmean(loss for _, loss, _ in each)) for each in of_all], target.mean)
+    lengths = [(length, loss_of(study, entry, task, length)) for length in entry.lengths_on(task)]
     some = [(length, loss.mean) for length, loss in lengths if loss.values]
-    by_length = crossing(some, target.mean) if len(some) > 1 else None
-    return (statistics.fmean(on_the_way) if len(on_the_way) == len(runs) else None), by_length
+    return None if way is None else way / task.steps, crossing(some, target.mean) if len(some) > 1 else None
 
 
 def seconds_per_step(runs: list[Run]) -> float:
-    """The least over runs: what else the machine does only adds to it."""
-    return min(run["curve"][-1][2] / max(1, run["curve"][-1][0]) for run in runs)
+    """The least over runs: what else the machine does only adds to it. NaN where none came to its end."""
+    ended = [run["curve"][-1] for run in runs if not run["diverged"]]
+    return min((spent / max(1, step) for step, _, spent in ended), default=math.nan)
 
 
 def state_per_parameter(runs: list[Run]) -> float:
@@ -122,7 +132,7 @@ def progress(study: Study) -> str:
 
     def cell(entry: Entry, task: Task) -> str:
         left = study.left(entry, task)
-        return f"{entry.runs() - left} of {entry.runs()}" if left else "all"
+        return f"{entry.runs(task) - left} of {entry.runs(task)}" if left else "all"
 
     return by_task(study, cell)
 
@@ -132,8 +142,8 @@ def losses(study: Study) -> str:
         found = loss_of(study, entry, task)
         if not found.values and (trials := study.tune(entry, task)).done:
             return f"in tuning: {trials.loss:.3f} after {trials.done}"
-        verdict = beside(found, loss_of(study, ENTRIES[YARDSTICK], task)) if entry.name != YARDSTICK else ""
-        return f"**{found}**" if verdict == "better" else f"{found} ▼" if verdict == "worse" else str(found)
+        said = verdict(study.results(entry, task), study.results(ENTRIES[YARDSTICK], task))
+        return f"**{found}**" if said == "better" else f"{found} ▼" if said == "worse" else str(found)
 
     return by_task(study, cell)
 
@@ -143,43 +153,45 @@ def speeds(study: Study) -> str:
     rows = []
     for entry in study.entries:
         for task in study.tasks:
-            if not entry.lengths or not entry.is_for(task) or not (runs := study.results(entry, task)):
+            if len(entry.lengths_on(task)) == 1 or not entry.is_for(task) or not (runs := study.results(entry, task)):
                 continue
-            way, shorter = share_of_steps(study, entry, task)
+            shares = share_of_steps(study, entry, task)
             yardstick = study.results(ENTRIES[YARDSTICK], task)
             cost = seconds_per_step(runs) / seconds_per_step(yardstick) if yardstick else math.nan
-            shares = [share for share in (way, shorter) if share is not None]
             known = bool(yardstick) and study.left(entry, task) == 0
             cells = ["not reached" if known and share is None else "–" if share is None else f"{share:.2f}"
-                     for share in (way, shorter)]  # fmt: skip
-            time = f"{min(shares) * cost:.2f}" if shares else "–"
-            rows.append([f"{entry.label}: {task.title}", *cells, f"{cost:.2f}" if yardstick else "–", time])
-    head = ["", "steps, on the way", "steps, by a shorter run", "time of a step", "time to the loss"]
+                     for share in shares]  # fmt: skip
+            time = "–" if shares[1] is None or math.isnan(cost) else f"{shares[1] * cost:.2f}"
+            rows.append([f"{entry.label}: {task.title}", *cells, "–" if math.isnan(cost) else f"{cost:.2f}", time])
+    head = ["", "steps, on the way", "steps, by a shorter run", "time of a step", "time, by a shorter run"]
     return markdown(head, rows) if rows else "Nothing has run yet."
 
 
 def verdicts(study: Study) -> str:
     """Where Amos loses, ties and wins, in sentences."""
-    lines = []
-    for entry in (e for e in study.entries if e.name in ("amos", "amos_rule", "amos_tuned", "amos_muon")):
-        found: dict[str, list[str]] = {"worse": [], "as good": [], "better": []}
+
+    def where(entry: Entry, other: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {"worse": [], "not told apart": [], "better": []}
         for task in study.tasks:
-            loss, other = loss_of(study, entry, task), loss_of(study, ENTRIES[YARDSTICK], task)
-            if verdict := beside(loss, other):
-                found[verdict].append(f"{task.title} ({loss.mean - other.mean:+.4f})")
-        for verdict, where in found.items():
-            if where:
-                lines.append(f"* {entry.label}, is **{verdict}** than tuned AdamW on: {', '.join(where)}.")
-    for entry in (e for e in study.entries if not e.name.startswith("amos") and e.name != YARDSTICK):
-        where = []
-        for task in study.tasks:
-            loss, best = loss_of(study, entry, task), loss_of(study, ENTRIES["amos_tuned"], task)
-            if beside(loss, best) == "better":
-                where.append(f"{task.title} ({loss.mean - best.mean:+.4f})")
-        if where:
-            lines.append(f"* {entry.label}, is **better** than tuned Amos on: {', '.join(where)}.")
-    text = "\n".join(lines).replace("**as good** than tuned", "**as good** as tuned")
-    return text or "Not enough has run to say."
+            runs, others = study.results(entry, task), study.results(ENTRIES[other], task)
+            if said := verdict(runs, others):
+                found[said].append(f"{task.title} ({statistics.fmean(differences(runs, others)):+.4f})")
+        return {said: some for said, some in found.items() if some}
+
+    lines = [
+        f"* {entry.label}, is **{said}** {'from' if said == 'not told apart' else 'than'} tuned AdamW on: "
+        f"{', '.join(some)}."
+        for entry in study.entries
+        if entry.name in ("amos", "amos_rule", "amos_tuned", "amos_muon")
+        for said, some in where(entry, YARDSTICK).items()
+    ]
+    lines += [
+        f"* {entry.label}, is **better** than tuned Amos on: {', '.join(some)}."
+        for entry in study.entries
+        if not entry.name.startswith("amos") and entry.name != YARDSTICK
+        if (some := where(entry, "amos_tuned").get("better"))
+    ]
+    return "\n".join(lines) or "Not enough has run to say."
 
 
 def memory(study: Study) -> str:
@@ -241,15 +253,17 @@ def made(study: Study, pictures: str) -> str:
 
 ### Where Amos loses, and where it wins
 
-By more than two standard errors, at equal steps, in nats.
+At equal steps, in nats. Runs of one seed start from the same weights and see the same batches, so it is their
+differences that are tested: paired t test over {len(SEEDS)} seeds, 5 % each. "Not told apart" is not "equal": three
+seeds tell little.
 
 {verdicts(study)}
 
 ### Final validation loss at equal steps
 
-Nats, mean ± standard deviation over {len(SEEDS)} seeds. **Bold**: better than tuned AdamW by more than two standard
-errors. ▼: worse by as much. "In tuning": the best of so many trials, which is not yet a result. What has no row has
-not run.
+Nats, mean ± standard deviation over {len(SEEDS)} seeds. **Bold**: better than tuned AdamW; ▼: worse; both by the same
+test, so that it need not agree with the deviations. "In tuning": the best of so many trials, which is not yet a
+result. What has no row has not run.
 
 {losses(study)}
 
@@ -257,9 +271,11 @@ not run.
 
 ### Steps and time to tuned AdamW's final loss
 
-As a share of tuned AdamW's; the paper's claim is at most {CLAIM:.2f}. "On the way": when a run of the full length first
-reaches it (seldom much before its end, since the rate falls late). "By a shorter run": the length of a run, with its
-schedule cut to that length, that ends at it. "Time of a step" is beside AdamW's, in processor time.
+As a share of tuned AdamW's; the paper's claim is at most {CLAIM:.2f}. "On the way": from where on runs of the full
+length are at or below it (seldom much before their end, since the rate falls late). "By a shorter run": the same of
+the final losses of runs with schedules cut to that length. Both of means over seeds; AdamW's own rows say how much of
+its budget it needed itself. "Time of a step" is beside AdamW's, in processor time; on two busy cores it is good to a
+tenth.
 
 {speeds(study)}
 

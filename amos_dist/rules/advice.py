@@ -194,6 +194,11 @@ def _of_hidden(what: str, number: int, called: str = "fan_in", times: float = 1)
     return Advice(times * max(1, number) ** -0.25, 1, None, f"{what}: {formula}", number)
 
 
+def _times(recurrent: str) -> float:
+    """An LSTM's kernels, and what reads it, learn twice as fast as those of other classes: measured (docs/sigma.md)."""
+    return 2.0 if "LSTM" in recurrent else 1.0
+
+
 # ---- rules: each has an opinion, or None; the first that has one decides --------------------------------------------
 
 
@@ -268,7 +273,7 @@ def _relative(place: Place) -> Advice | None:
 
 
 def _bias(place: Place) -> Advice | None:
-    return Advice(0.5, 1, None, "bias: 0.5") if "bias" in place.name else None
+    return Advice(0.5, 1, None, "bias: 0.5") if names.BIAS.search(place.name) else None
 
 
 def _normalization(place: Place) -> Advice | None:
@@ -295,6 +300,9 @@ def _embedding(place: Place) -> Advice | None:
         return _of_hidden(f"embedding before {place.beside}", place.shape[-1], "width")
     if not is_module and not names.EMBEDDING.search(place.name) and "embed" not in place.kind.lower():
         return None
+    if len(place.shape) == 4 and place.shape[2] == place.shape[3] != place.shape[1]:  # positions of a grid of patches
+        sigma, formula = root(2, place.shape[1], "width")
+        return Advice(sigma, 2, None, f"embedding of a square grid: {formula}")
     sigma, formula = root(2, place.shape[-1], "width")
     return Advice(sigma, len(place.shape) - 1, None, f"embedding: {formula}")
 
@@ -314,12 +322,13 @@ def _recurrent(place: Place) -> Advice | None:
         return _of_hidden(f"projection of {place.kind}", fan_in)
     gates = place.shape[0] // place.module.hidden_size
     what = f"{gates} packed gates of {place.kind}" if gates > 1 else place.kind
+    times = _times(place.kind)
     if place.name.startswith("weight_hh"):
-        return _of_hidden(f"hidden state to {what}", fan_in)
+        return _of_hidden(f"hidden state to {what}", fan_in, times=times)
     is_first = place.name == "weight_ih" or "_l0" in place.name
     if is_first and not place.beside:
         return _kernel(f"input to {what}", 1, fan_in)
-    return _of_hidden(f"input to {what}", fan_in)
+    return _of_hidden(f"input to {what}", fan_in, times=times)
 
 
 def _convolution(place: Place) -> Advice | None:
@@ -346,7 +355,7 @@ def _matrix(place: Place) -> Advice | None:
     if len(place.shape) != 2 or not (isinstance(place.module, nn.Linear) or called):
         return None
     if place.beside:
-        return _of_hidden(f"kernel after {place.beside}", place.shape[1], times=2.5)
+        return _of_hidden(f"kernel after {place.beside}", place.shape[1], times=2.5 * _times(place.beside))
     is_bare = not re.fullmatch(r"weights?|kernel", place.name, re.IGNORECASE)
     gain, what = names.role(f"{place.path}.{place.name}" if is_bare else place.path, place.activation)
     if place.kind == "Conv1D":

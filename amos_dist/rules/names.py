@@ -11,6 +11,7 @@ NORM = re.compile(r"norm|^ln", re.IGNORECASE)
 # They scale by 1 + weight, and the weight starts at zero.
 CENTERED_NORM = re.compile(r"(Gemma[23]?|Qwen3Next|Qwen3_5(Moe)?|Centered)(RMS|Layer)?Norm$|LayerNorm1P$")
 RELATIVE = re.compile(r"relative|rel_?(pos|emb)|(^|[._])(rpe|rpb)(_|$)", re.IGNORECASE)
+BIAS = re.compile(r"(^|_)(bias|biases)(_|\d|$)", re.IGNORECASE)
 EMBEDDING = re.compile(r"embed|token|posit|latent|probe|prompt", re.IGNORECASE)
 # A matrix is a kernel if it or its module is called so.
 KERNEL_NAME = re.compile(r"(\w*_)?(weights?|kernel|w\d*|matrix|proj|projection)(_\w+)?", re.IGNORECASE)
@@ -24,14 +25,14 @@ _ROLES = [
     for pattern, gain, what in (
         # Those of an MLP, whose activation is a function in most models and no module.
         (
-            r"(mlp|ffn|feed_?forward|ff|densereludense|experts?(\.\d+)?)"
+            r"(mlp|ffns?(\.\d+)?|feed_?forward|ff|densereludense|experts?(\.\d+)?)"
             r"\.(c_proj|fc2|down_proj|w2|wo|out|output|proj|lin2|linear2|out_proj|dense_4h_to_h|fc_out|layer_2|value)$"
-            r"|(^|\.)(fc2|down_proj|linear2|dense_4h_to_h|ffn_output)$|(layer|blocks)\.\d+\.output\.dense$",
+            r"|(^|\.)(fc2|down_proj|linear2|dense_4h_to_h|ffn_output)$|(layer|blocks|ffn)\.\d+\.output\.dense$",
             2,
             "MLP output, after the activation",
         ),
         (
-            r"(mlp|ffn|feed_?forward|ff|densereludense|experts?(\.\d+)?)\.(c_fc|fc1|w1|w3|wi(_\d)?|lin1|linear1|fc_in|layer_1|key)$"
+            r"(mlp|ffns?(\.\d+)?|feed_?forward|ff|densereludense|experts?(\.\d+)?)\.(c_fc|fc1|w1|w3|wi(_\d)?|lin1|linear1|fc_in|layer_1|key)$"
             r"|(^|\.)(up_proj|gate_proj|gate_up_proj|dense_h_to_4h)$|layers?\.\d+\.(fc1|linear1)$|intermediate\.dense$",
             1,
             "MLP input",

@@ -19,7 +19,7 @@ from amos_dist import Amos, RelativeStep, param_groups
 from tests.integration.pretraining import LAUNCH
 
 FEW = ("--steps", 2, "--tasks", "lstm", "--entries", "amos", "adamw_tuned", "--workers", 1)
-RUNS = 12 + 18  # Amos: three seeds, of four lengths; AdamW: 15 trials and three seeds
+RUNS = 12 + 15 + 12  # Amos: three seeds, of four lengths; AdamW: 15 trials and as many
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +63,9 @@ def test_a_tuning_takes_its_trials_and_then_new_seeds_at_the_best() -> None:
         return math.log(setting["lr"] / best) ** 2 - 0.1 * helps
 
     study, jobs = tuned_by(losses)
-    assert [job["seed"] for job in jobs] == [0] * 15 + [1, 2, 3]
-    assert all(job["setting"] == jobs[-1]["setting"] for job in jobs[-3:])
+    assert [job["seed"] for job in jobs] == [0] * 15 + [1, 2, 3] * 4
+    assert [job["setting"]["length"] for job in jobs[15:]] == [1.0] * 3 + [0.5] * 3 + [0.7] * 3 + [0.85] * 3
+    assert all(job["setting"] | {"length": 1.0} == jobs[15]["setting"] for job in jobs[15:])
     chosen = jobs[-1]["setting"]
     assert chosen["lr"] == pytest.approx(best, rel=0.01)
     assert (chosen["schedule"], chosen["weight_decay"], chosen["beta2"]) == ("linear", 0.3, 0.95)
@@ -84,12 +85,34 @@ def test_runs_that_are_lost_are_not_chosen() -> None:
     assert jobs[-1]["setting"]["lr"] <= 1e-3
 
 
-def test_the_share_of_steps_is_that_of_the_first_crossing() -> None:
+def test_the_share_of_steps_is_that_of_the_last_crossing() -> None:
     from study_report import crossing
 
     assert crossing([(0.0, 5.0), (100.0, 3.0), (200.0, 2.0)], 2.5) == 150
-    assert crossing([(0.0, 5.0), (100.0, 3.0)], 2.5) is None
+    assert crossing([(0.0, 5.0), (100.0, 2.0), (200.0, 3.0), (300.0, 1.0)], 2.0) == 250  # it was above once more
+    assert crossing([(0.0, 5.0), (100.0, 2.0), (200.0, 3.0)], 2.5) is None  # it ends above
     assert crossing([(0.5, 2.0), (1.0, 1.0)], 2.5) == 0.5  # at once
+    assert crossing([], 2.5) is None
+
+
+def test_a_verdict_pairs_the_seeds() -> None:
+    """A small difference in each seed counts, where seeds differ by far more; and one that is by chance does not."""
+    from study_report import verdict
+
+    def runs(*losses: float) -> list[dict[str, Any]]:
+        return [
+            {"seed": seed, "diverged": not math.isfinite(loss), "curve": [(0, 9.0, 0.0), (5, loss, 1.0)]}
+            for seed, loss in enumerate(losses)
+        ]
+
+    adamw = runs(1.0, 2.0, 3.0)
+    assert verdict(runs(0.9, 1.91, 2.89), adamw) == "better" and verdict(adamw, runs(0.9, 1.91, 2.89)) == "worse"
+    assert verdict(runs(0.9, 1.5, 2.99), adamw) == "not told apart"
+    assert verdict(runs(0.7, 1.9, 2.8), adamw) == "not told apart"  # t = 3.46, of 4.30
+    assert verdict(runs(9.0, 9.0, 9.0), runs(1.0, 1.0, math.inf)) == "better"
+    assert verdict(runs(0.5, math.inf, 0.5), adamw) == "worse"
+    assert verdict(runs(0.5, math.inf), runs(math.inf, 1.0)) == verdict(runs(0.5), adamw) == ""
+    assert verdict(list(reversed(runs(0.9, 1.91, 2.89))), adamw) == "better"  # by seed, in whatever order
 
 
 def model() -> nn.Module:
@@ -240,7 +263,8 @@ def test_a_killed_study_goes_on_and_shows_what_it_found(corpus: Path, tmp_path: 
     assert amos["state_bytes"] / amos["parameters"] == pytest.approx(4, rel=0.05)
 
     page = (tmp_path / "tables.md").read_text()
-    mean = sum(run["curve"][-1][1] for run in found if run["entry"] == "adamw_tuned" and run["seed"] > 0) / 3
+    whole = [run for run in found if run["seed"] > 0 and run["setting"]["length"] == 1]
+    mean = sum(run["curve"][-1][1] for run in whole if run["entry"] == "adamw_tuned") / 3
     assert "This study is whole" in page and f"| AdamW, tuned | {mean:.3f} ± " in page
     for name in ("curves", "lengths", "rates", "memory"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

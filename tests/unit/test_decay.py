@@ -163,6 +163,10 @@ def test_any_p_resumes(as_function: bool) -> None:
         ([[3, 1.0], [2, 1.0]], "no list of pairs"),
         ([], "no list of pairs"),
         ([[50, 0.0], [60, 1.0]], "p is 0 up to half_life=10"),
+        ("abc", "is no list of pairs"),
+        ([1, 2], "is no list of pairs"),
+        (None, "is no list of pairs"),
+        ([[math.nan, 1.0]], "is no list of pairs"),
     ],
 )
 def test_bad_p(p: Any, words: str) -> None:
@@ -234,6 +238,26 @@ def test_weight_decay_is_left_alone() -> None:
 def test_weight_decay_that_cannot_be_coupled(make: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         InverseSquareDecay(make([randn(1, 3, 4).requires_grad_()]), 3, sigma=0.1)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Muon, torch.optim.Adafactor])
+def test_coupling_to_directions_that_are_no_adams_is_warned_of(make: Any) -> None:
+    with pytest.warns(UserWarning, match="directions do not have entries of about 1"):
+        InverseSquareDecay(make([randn(1, 3, 4).requires_grad_()]), 3, sigma=0.1)
+
+
+def test_a_sigma_that_is_no_number() -> None:
+    optimizer = torch.optim.AdamW([{"params": [randn(1, 3).requires_grad_()], "sigma": "auto"}])
+    with pytest.raises(ValueError, match="sigma='auto' of a parameter group is no number"):
+        InverseSquareDecay(optimizer, 3, sigma=0.1)
+
+
+def test_a_group_that_is_added_later() -> None:
+    optimizer = torch.optim.AdamW([randn(1, 3).requires_grad_()])
+    scheduler = InverseSquareDecay(optimizer, 3)
+    optimizer.add_param_group({"params": [randn(2, 3).requires_grad_()]})
+    with pytest.raises(ValueError, match="has 2 parameter groups, and had 1"):
+        scheduler.step()
 
 
 @pytest.mark.parametrize(("name", "value"), [("sigma", 0), ("sigma", -1.0), ("q", 0), ("q", math.nan)])

@@ -94,6 +94,9 @@ def test_the_rate_is_half_at_the_decay_after_its_half_life(sigma: float) -> None
         (lambda: lr_for_half_life(math.inf, 1), "steps=inf is out of range"),
         (lambda: lr_for_half_life(100, -1), "sigma=-1 is out of range"),
         (lambda: lr_for_half_life(1, 0.02), "steps=1 is too few"),
+        (lambda: lr_for_half_life(1e300, 0.02), "is too many"),
+        (lambda: lr_for_half_life("a", 0.02), "steps='a' is out of range"),  # type: ignore[arg-type]
+        (lambda: half_life(0.1, 0.1, c_coef=-1), "c_coef=-1 is out of range"),
         (lambda: decay_after(-1, 0.1), "steps=-1 is out of range"),
         (lambda: decay_after(math.inf, 0.1), "steps=inf is out of range"),
         (lambda: decay_after(10, 0), "lr=0 is out of range"),

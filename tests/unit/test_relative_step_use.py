@@ -214,6 +214,16 @@ def test_other_schedulers() -> None:
     assert optimizer.param_groups[0]["peak_lr"] == RATE
 
 
+def test_a_scheduler_that_was_there_first() -> None:
+    """The peak is the rate before the warm-up has lowered it."""
+    base = O.AdamW([{"params": params_of()}], lr=RATE)
+    torch.optim.lr_scheduler.LambdaLR(base, lambda t: (t + 1) / 10)
+    optimizer = RelativeStep(base)
+    (group,) = optimizer.param_groups
+    assert group["peak_lr"] == RATE and group["lr"] == pytest.approx(RATE / 10)
+    assert RelativeStep(base, lr=2 * RATE).param_groups[0]["peak_lr"] == 2 * RATE
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 

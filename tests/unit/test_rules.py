@@ -81,7 +81,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "lstm": (
         lambda: nn.LSTM(5, 7),
-        {"weight_ih_l0": root(1 / 5), "weight_hh_l0": 7**-0.25, "bias_ih_l0": 0.5, "bias_hh_l0": 0.5},
+        {"weight_ih_l0": root(1 / 5), "weight_hh_l0": 2 * 7**-0.25, "bias_ih_l0": 0.5, "bias_hh_l0": 0.5},
     ),
     "attention of other widths": (
         lambda: nn.MultiheadAttention(12, 3, kdim=8, vdim=6, bias=False),
@@ -99,12 +99,12 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "projected lstm": (
         lambda: nn.LSTM(5, 7, proj_size=3, bias=False),
-        {"weight_ih_l0": root(1 / 5), "weight_hh_l0": 3**-0.25, "weight_hr_l0": 7**-0.25},
+        {"weight_ih_l0": root(1 / 5), "weight_hh_l0": 2 * 3**-0.25, "weight_hr_l0": 7**-0.25},
     ),
     "cells": (
         lambda: nn.Sequential(nn.LSTMCell(5, 7, bias=False), nn.GRUCell(4, 6, bias=False), nn.RNNCell(6, 2)),
         {
-            "0.weight_ih": root(1 / 5), "0.weight_hh": 7**-0.25, "1.weight_ih": root(1 / 4),
+            "0.weight_ih": root(1 / 5), "0.weight_hh": 2 * 7**-0.25, "1.weight_ih": root(1 / 4),
             "1.weight_hh": 6**-0.25, "2.weight_ih": 6**-0.25, "2.weight_hh": 2**-0.25, "2.bias_ih": 0.5,
             "2.bias_hh": 0.5,
         },
@@ -119,9 +119,9 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
             nn.Linear(50, 4),
         ),
         {
-            "0.weight": 5**-0.25, "2.weight_ih_l0": 5**-0.25, "2.weight_hh_l0": 7**-0.25, "2.weight_ih_l1": 7**-0.25,
-            "2.weight_hh_l1": 7**-0.25, "4.weight": 2.5 * 7**-0.25, "4.bias": 0.5, "5.weight": root(1 / 50),
-            "5.bias": 0.5,
+            "0.weight": 5**-0.25, "2.weight_ih_l0": 2 * 5**-0.25, "2.weight_hh_l0": 2 * 7**-0.25,
+            "2.weight_ih_l1": 2 * 7**-0.25, "2.weight_hh_l1": 2 * 7**-0.25, "4.weight": 5 * 7**-0.25, "4.bias": 0.5,
+            "5.weight": root(1 / 50), "5.bias": 0.5,
         },
     ),
     "two heads": (
@@ -148,8 +148,8 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
             nn.RNN(2, 2, bias=False),
         ),
         {
-            "0.weight_ih_l0": root(1 / 4), "0.weight_hh_l0": 6**-0.25, "1.weight_ih_l0": root(1 / 5),
-            "1.weight_hh_l0": 6**-0.25, "2.weight": root(1 / 20), "3.weight": root(1 / 6), "4.weight": root(2 / 3),
+            "0.weight_ih_l0": root(1 / 4), "0.weight_hh_l0": 2 * 6**-0.25, "1.weight_ih_l0": root(1 / 5),
+            "1.weight_hh_l0": 2 * 6**-0.25, "2.weight": root(1 / 20), "3.weight": root(1 / 6), "4.weight": root(2 / 3),
             "5.weight_ih_l0": root(1 / 2), "5.weight_hh_l0": 2**-0.25,
         },
     ),

@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from amos_dist import Amos, optimizer, param_groups
 from amos_dist.originals import Surroundings
-from amos_dist.rules import advise
+from amos_dist.rules import advise, names
 from amos_dist.rules.table import folded, shown, table
 
 from .test_rules import Bare, Conv1D, root
@@ -169,6 +169,24 @@ def test_reasons_of_what_is_packed() -> None:
     assert reasons["2.weight_hh_l0"] == "hidden state to 3 packed gates of GRU: fan_in^(-1/4), fan_in 3"
     assert reasons["3.weight_hh_l0"] == "hidden state to RNN: fan_in^(-1/4), fan_in 3"
     assert reasons["4.weight"] == "kernel after RNN: 2.5·fan_in^(-1/4), fan_in 3"
+
+
+def test_positions_on_a_grid() -> None:
+    """(1, width, height, width in patches), as some vision transformers keep them."""
+    (row,) = table(Bare(pos_embed=(1, 96, 7, 7)))
+    assert row.sigma == pytest.approx((2 / 96) ** 0.5) and (row.rows, row.columns) == (96, 49)
+    (row,) = table(Bare(pos_embed=(1, 7, 7, 96)))
+    assert row.sigma == pytest.approx((2 / 96) ** 0.5) and (row.rows, row.columns) == (49, 96)
+
+
+def test_what_is_called_a_bias() -> None:
+    rows = table(Bare(debias_proj=(4, 8), pos_bias_u=(2, 3), relative_position_bias_table=(9, 2), qkv_bias=(2, 3)))
+    assert [row.reason.startswith("kernel") for row in rows] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("path", ["transformer.ffns.3.lin2", "encoder.layer.1.ffn.0.output.dense"])
+def test_outputs_of_mlps_in_lists(path: str) -> None:
+    assert names.role(path) == (2, "MLP output, after the activation")
 
 
 def test_relative_positions_by_their_names() -> None:
