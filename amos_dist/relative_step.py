@@ -347,7 +347,8 @@ def _check(group: dict[str, Any], base: Optimizer) -> None:
     for key, choices in CHOICES.items():
         if group[key] not in choices:
             raise ValueError(f"{key}={group[key]!r} is unknown. Use one of {', '.join(map(repr, choices))}.")
-    if group["norm"] == "expected" and isinstance(base, _OF_ANY_SIZE):
+    summed = isinstance(base, torch.optim.RMSprop) and group["momentum"] > 0  # its momentum adds up, and is no mean
+    if group["norm"] == "expected" and (summed or isinstance(base, _OF_ANY_SIZE)):
         raise ValueError(
             f"norm='expected' does not fit {type(base).__name__}, whose directions are of any size. Use 'measured'."
         )

@@ -132,8 +132,8 @@ class Finetuning:
         if "goes_on" in job["setting"]:
             built = [dict(group) for group in optimizer.param_groups]
             optimizer.load_state_dict(saved["optimizer"])
-            for group, new in zip(optimizer.param_groups, built, strict=True):  # the state goes on, no setting does
-                group.update({key: value for key, value in new.items() if key != "params"})
+            for group, fresh in zip(optimizer.param_groups, built, strict=True):  # the state goes on, no setting does
+                group.update({key: value for key, value in fresh.items() if key != "params"})
         old, new = self.texts()
         return train(job, new, model, [optimizer], setting["lr"], old, EVALUATIONS)
 

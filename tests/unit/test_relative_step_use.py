@@ -242,6 +242,13 @@ def test_bases_that_are_refused() -> None:
         RelativeStep(O.SGD([torch.zeros(2, dtype=torch.complex64, requires_grad=True)]))
 
 
+def test_an_expected_norm_of_sums() -> None:
+    """RMSprop's momentum adds directions up."""
+    RelativeStep(O.RMSprop(params_of()), lr=RATE, norm="expected")
+    with pytest.raises(ValueError, match="norm='expected' does not fit RMSprop"):
+        RelativeStep(O.RMSprop(params_of(), momentum=0.9), lr=RATE, norm="expected")
+
+
 @pytest.mark.parametrize(
     ("keyword", "value", "words"),
     [
