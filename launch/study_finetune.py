@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data
 from study_optimizers import COMMON, Setting, build, factor
 from study_plan import ADAMW, AMOS, RULE, SEEDS, Job, Run, final_loss, key_of
-from study_report import STUDENT, Loss, markdown, put
+from study_report import STUDENT, Loss, differences, markdown, put, standard_error
 from study_runs import Store, alone, train
 from study_tasks import TASKS, Data, Task
 
@@ -170,11 +170,10 @@ def at_the_best(study: Finetuning, store: Store) -> str:
 
 def difference(runs: list[Run], others: list[Run], of: Any) -> str:
     """Mean over seeds, with its standard error: both have seen the same batches from the same weights."""
-    by_seed = {run["seed"]: of(run) for run in others}
-    found = [of(run) - by_seed[run["seed"]] for run in runs if run["seed"] in by_seed]
+    found = differences(runs, others, of)
     if len(found) < 2 or not all(map(math.isfinite, found)):
         return "–"
-    mean, error = statistics.fmean(found), statistics.stdev(found) / len(found) ** 0.5
+    mean, error = statistics.fmean(found), standard_error(found)
     shown = f"{mean:+.4f} ± {error:.4f}"
     return f"**{shown}**" if abs(mean) > STUDENT[len(found) - 1] * error else shown
 

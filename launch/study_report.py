@@ -51,10 +51,14 @@ def loss_of(study: Study, entry: Entry, task: Task, length: float = 1.0) -> Loss
     return Loss([final_loss(run) for run in study.results(entry, task, length)])
 
 
-def differences(runs: list[Run], others: list[Run]) -> list[float]:
-    """Of final losses, seed by seed: both have started from the same weights, and seen the same batches."""
-    by_seed = {run["seed"]: final_loss(run) for run in others}
-    return [final_loss(run) - by_seed[run["seed"]] for run in runs if run["seed"] in by_seed]
+def differences(runs: list[Run], others: list[Run], of: Callable[[Run], float] = final_loss) -> list[float]:
+    """Seed by seed: both have started from the same weights, and seen the same batches."""
+    by_seed = {run["seed"]: of(run) for run in others}
+    return [of(run) - by_seed[run["seed"]] for run in runs if run["seed"] in by_seed]
+
+
+def standard_error(found: list[float]) -> float:
+    return statistics.stdev(found) / len(found) ** 0.5
 
 
 def verdict(runs: list[Run], others: list[Run]) -> str:
@@ -65,8 +69,7 @@ def verdict(runs: list[Run], others: list[Run]) -> str:
         return ""
     if lost or others_lost:
         return "worse" if lost else "better"
-    error = statistics.stdev(found) / len(found) ** 0.5
-    if abs(statistics.fmean(found)) <= STUDENT[len(found) - 1] * error:
+    if abs(statistics.fmean(found)) <= STUDENT[len(found) - 1] * standard_error(found):
         return "not told apart"
     return "worse" if statistics.fmean(found) > 0 else "better"
 
