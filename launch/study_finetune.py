@@ -130,10 +130,8 @@ class Finetuning:
         model.load_state_dict(saved["model"])
         (optimizer,) = build(model, setting, setting["lr"], self.steps)
         if "goes_on" in job["setting"]:
-            built = [dict(group) for group in optimizer.param_groups]
-            optimizer.load_state_dict(saved["optimizer"])
-            for group, fresh in zip(optimizer.param_groups, built, strict=True):  # the state goes on, no setting does
-                group.update({key: value for key, value in fresh.items() if key != "params"})
+            settings = optimizer.state_dict()["param_groups"]  # the state goes on, no setting does, nor a peak rate
+            optimizer.load_state_dict(saved["optimizer"] | {"param_groups": settings})
         old, new = self.texts()
         return train(job, new, model, [optimizer], setting["lr"], old, EVALUATIONS)
 

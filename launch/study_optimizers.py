@@ -8,6 +8,7 @@ task's steps), and keywords of the builder.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,8 +28,9 @@ SU_HALVINGS = 8  # the half-life of Su's decay is this part of the run: it ends 
 RULES: dict[str, Callable[[int, int, float], float]] = {
     "1/sqrt(batches)": lambda batches, steps, predicted: suggest_lr(batches),
     "1/sqrt(steps)": lambda batches, steps, predicted: suggest_lr(steps),
-    "1/sqrt(predicted)": lambda batches, steps, predicted: suggest_lr(steps, predicted),
+    "1/sqrt(predicted)": lambda batches, steps, predicted: suggest_lr(max(steps, SHORTEST), predicted),
 }
+SHORTEST = 600  # steps: a shorter run has the rate of one of so many (docs/quality.md)
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------
@@ -207,8 +209,8 @@ def sgd(model: nn.Module, lr: float, *, weight_decay: float, momentum: float, ne
 
 def hidden_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """What Muon is for, and the rest: embeddings, heads, vectors, convolutions."""
-    first_and_last = ("embedding.", "position", "head.", "patches.")
-    hidden = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith(first_and_last)]
+    first_and_last = re.compile(r"embed|position|head\.|patches\.")
+    hidden = [p for name, p in model.named_parameters() if p.dim() == 2 and not first_and_last.search(name)]
     return hidden, [p for p in model.parameters() if not any(p is each for each in hidden)]
 
 

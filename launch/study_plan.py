@@ -98,7 +98,7 @@ class Entry:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 SHORTER, LATER = (0.5, 0.7, 0.85), 2
-LARGE, BATCH = "gpt-large", "gpt-batch"
+LARGE, BATCH, LLAMA = "gpt-large", "gpt-batch", "llama"
 AMOS: Setting = {"optimizer": "amos", "lr": "1/sqrt(batches)", "sigma": "paper", "beta": 0.99, "momentum": 0.9}
 LINEAR, LONG_WARMUP, UNCLIPPED = {"schedule": "linear"}, {"warmup": 0.15}, {"clip": None}
 # What came of the tuning on three language tasks: docs/quality.md says how.
@@ -141,21 +141,28 @@ ENTRIES = {
     for entry in (
         Entry("amos", "Amos, untuned, 1/√N", AMOS, wave=0, lengths=SHORTER),
         Entry(
-            "adamw_tuned", "AdamW, tuned", ADAMW, Tuning(2e-3, ADAM_CHANGES), 0, also=(LARGE, BATCH), lengths=SHORTER
+            "adamw_tuned",
+            "AdamW, tuned",
+            ADAMW,
+            Tuning(2e-3, ADAM_CHANGES),
+            0,
+            also=(LARGE, BATCH, LLAMA),
+            lengths=SHORTER,
         ),
         Entry(
             "adamw",
             "AdamW, untuned",  # torch's numbers, with the warm-up and the cosine that untuned Amos has
             ADAMW | {"lr": 1e-3, "weight_decay": 0.01, "beta2": 0.999},
             wave=0,
-            also=(LARGE,),
+            also=(LARGE, LLAMA),
         ),
         Entry("amos_tuned", "Amos, tuned", AMOS, Tuning(0.02, AMOS_CHANGES), 1, lengths=SHORTER),
         # Amos, one thing changed: what its defaults are to be set from
-        Entry("amos_rule", "Amos, untuned, by the rule", RULE, wave=0, also=(LARGE, BATCH), lengths=SHORTER),
+        Entry("amos_rule", "Amos, untuned, by the rule", RULE, wave=0, also=(LARGE, BATCH, LLAMA), lengths=SHORTER),
         variant("momentum9", "momentum 0.9", momentum=0.9),
         variant("momentum5", "momentum 0.5", momentum=0.5),
-        variant("steps", "1/√steps also where few are predicted", lr="1/sqrt(steps)"),
+        # also: where the runs are shorter than the rule's shortest
+        variant("steps", "1/√steps wherever", also=(LARGE, BATCH), lr="1/sqrt(steps)"),
         variant("cosine", "cosine", schedule="cosine"),
         variant("warmup", "warm-up of 5 %", warmup=0.05),
         variant("su", "Su's decay", schedule="su"),
@@ -164,9 +171,9 @@ ENTRIES = {
         variant("auto", 'σ "auto"', sigma="auto"),
         variant("row", 'moments "row"', moments="row"),
         variant("beta999", "β 0.999", beta=0.999),
-        variant("plain", "no momentum, untuned", also=(BATCH,), momentum=0.0),
+        variant("plain", "no momentum, untuned", also=(BATCH, LLAMA), momentum=0.0),
         variant("bf16", "bf16 momentum", momentum_dtype="bfloat16"),
-        variant("int8", "8-bit momentum", also=(LARGE, BATCH), momentum_dtype="int8"),
+        variant("int8", "8-bit momentum", also=(LARGE, BATCH, LLAMA), momentum_dtype="int8"),
         variant("noclip", "gradients not clipped", clip=None),
         variant("direction", "momentum of the direction", optimizer="amos_variant", momentum_of="direction"),
         variant("rms", "the same, RMS clipped to 1", optimizer="amos_variant", momentum_of="direction", rms_clip=1.0),
@@ -187,7 +194,7 @@ ENTRIES = {
             "muon",
             "RelativeStep(Muon) for hidden matrices",
             tasks="small",
-            also=(LARGE,),
+            also=(LARGE, LLAMA),
             without=("cnn",),  # it has no such matrices
             optimizer="amos_muon",
         ),

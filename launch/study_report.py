@@ -101,8 +101,9 @@ def share_of_steps(study: Study, entry: Entry, task: Task) -> tuple[float | None
     return None if way is None else way / task.steps, crossing(some, target.mean) if len(some) > 1 else None
 
 
-def seconds_per_step(runs: list[Run]) -> float:
+def seconds_per_step(study: Study, entry: Entry, task: Task) -> float:
     """The least over runs: what else the machine does only adds to it. NaN where none came to its end."""
+    runs = [run for length in entry.lengths_on(task) for run in study.results(entry, task, length)]
     ended = [run["curve"][-1] for run in runs if not run["diverged"]]
     return min((spent / max(1, step) for step, _, spent in ended), default=math.nan)
 
@@ -156,11 +157,11 @@ def speeds(study: Study) -> str:
     rows = []
     for entry in study.entries:
         for task in study.tasks:
-            if len(entry.lengths_on(task)) == 1 or not entry.is_for(task) or not (runs := study.results(entry, task)):
+            if len(entry.lengths_on(task)) == 1 or not entry.is_for(task) or not study.results(entry, task):
                 continue
             shares = share_of_steps(study, entry, task)
             yardstick = study.results(ENTRIES[YARDSTICK], task)
-            cost = seconds_per_step(runs) / seconds_per_step(yardstick) if yardstick else math.nan
+            cost = seconds_per_step(study, entry, task) / seconds_per_step(study, ENTRIES[YARDSTICK], task)
             known = bool(yardstick) and study.left(entry, task) == 0
             cells = ["not reached" if known and share is None else "–" if share is None else f"{share:.2f}"
                      for share in shares]  # fmt: skip
@@ -277,8 +278,8 @@ result. What has no row has not run.
 As a share of tuned AdamW's; the paper's claim is at most {CLAIM:.2f}. "On the way": from where on runs of the full
 length are at or below it (seldom much before their end, since the rate falls late). "By a shorter run": the same of
 the final losses of runs with schedules cut to that length. Both of means over seeds; AdamW's own rows say how much of
-its budget it needed itself. "Time of a step" is beside AdamW's, in processor time; on two busy cores it is good to a
-tenth.
+its budget it needed itself. "Time of a step" is beside AdamW's, in processor time, the least over runs; where runs come
+from several machines it is good to a fifth, and docs/performance.md has steps timed in turn on one.
 
 {speeds(study)}
 

@@ -97,13 +97,16 @@ def prepare(folder: Path, tasks: Sequence[Task]) -> None:
     Raises:
         ValueError: a package is missing.
     """
-    needed = {"matplotlib": "matplotlib"} | (
-        {} if all(task.language for task in tasks) else {"sklearn": "scikit-learn"}
-    )
+    needed = {"matplotlib": "matplotlib"}
+    if not all(task.language for task in tasks):
+        needed["sklearn"] = "scikit-learn"
+    if any(task.name == "llama" for task in tasks):
+        needed["transformers"] = "transformers"
     if missing := [package for name, package in needed.items() if importlib.util.find_spec(name) is None]:
         raise ValueError(
             f"{' and '.join(missing)} must be installed first: pip install {' '.join(missing)}. "
-            "Figures need matplotlib, and the tasks with images scikit-learn; --tasks can leave those out."
+            "Figures need matplotlib, the tasks with images scikit-learn, and llama transformers; "
+            "--tasks can leave tasks out."
         )
     if folder == corpus() and not folder.is_dir():
         data.build(folder)
@@ -189,6 +192,33 @@ class BERT(nn.Module):
         x = self.encoder(self.norm(self.embedding(words) + self.position.weight))
         hidden = targets != -100
         return F.cross_entropy(self.head(x[hidden]), targets[hidden])
+
+
+class Llama(nn.Module):
+    """Hugging Face's, with its initialization, two queries to a key.
+
+    tokens (batch, sequence + 1) → the mean cross-entropy of each token given those before it, in nats.
+    """
+
+    def __init__(self, width: int, heads: int, layers: int, sequence: int, vocabulary: int = 256) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        super().__init__()
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=8 * width // 3,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
+            max_position_embeddings=sequence,
+            use_cache=False,
+        )
+        self.inner = LlamaForCausalLM(config)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = self.inner(tokens[:, :-1]).logits
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -283,5 +313,6 @@ TASKS = {
         Task("cnn", "CNN, 0.06 M", False, 600, 64, 8, lambda: CNN(32), Images),
         Task("gpt-large", "GPT, 1.3 M", True, 300, 16, 75, lambda: GPT(LARGE), text(128), 3, True),
         Task("gpt-batch", "GPT, 0.4 M, batch 64", True, 150, 64, 29, lambda: GPT(SMALL), text(64), 3, True),
+        Task("llama", "Llama, 0.4 M", True, 600, 16, 40, lambda: Llama(96, 4, 3, 64), text(64), 3, True),
     )
 }

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import amos_dist
 from tests.distributed.harness import run_ranks
 from tests.integration.pages import DOCS, python_blocks
 
@@ -65,6 +66,29 @@ def test_training_that_is_shown_trains(
     for name in losses:
         loss = torch.as_tensor(found[name]).item()
         assert loss < math.log(classes) / 2  # half of what a guess costs
+
+
+def test_what_is_shown_without_tuning_is_the_rule_of_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside Muon: it takes the same matrices."""
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    from study_optimizers import RULES, factor, hidden_matrices
+    from study_plan import RULE
+    from study_tasks import TASKS
+
+    for steps in (40, 1000):
+        model = TASKS["bert"].model()
+        names: dict[str, Any] = {"amos_dist": amos_dist, "torch": torch, "model": model, "steps": steps}
+        for block in python_blocks(DOCS / "choosing.md"):
+            exec(compile(block, "choosing.md", "exec"), names)
+        rate = RULES[RULE["lr"]](1, steps, 1.0)
+        assert names["lr"] == rate and names["warmup"] == round(RULE["warmup"] * steps)
+        shapes = [factor(RULE["schedule"], t, steps, names["warmup"]) for t in range(steps)]
+        assert [names["shape"](t) for t in range(steps)] == pytest.approx(shapes)
+        for optimizer in (names["optimizer"], names["optimizers"][0]):
+            assert optimizer.defaults["lr"] == rate
+            for group in optimizer.param_groups:
+                assert (group["beta"], group["momentum"]) == (RULE["beta"], RULE["momentum"])
+        assert {id(p) for p in names["hidden"]} == {id(p) for p in hidden_matrices(model)[0]}
 
 
 def test_numbers_of_the_derivation() -> None:

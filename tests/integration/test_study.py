@@ -166,7 +166,7 @@ def test_every_entry_moves_each_parameter_once() -> None:
     from study_plan import ENTRIES, TUNING_SEED
     from study_tasks import TASKS
 
-    for task in (TASKS["gpt-small"], TASKS["cnn"]):
+    for task in (TASKS["gpt-small"], TASKS["cnn"], TASKS["llama"]):
         torch.manual_seed(TUNING_SEED)
         model = task.model()
         for entry in (each for each in ENTRIES.values() if each.is_for(task)):
@@ -209,6 +209,30 @@ def test_lamb_is_adam_with_the_norm_of_relative_step() -> None:
     ours = trained(lambda m: [LAMB(m.parameters(), 0.1, (0.9, 0.95), 0.0)])
     for one, other in zip(ours, trained(relative), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_rule_stops_to_rise_in_runs_of_less_than_600_steps() -> None:
+    from study_optimizers import RULES
+
+    rule = RULES["1/sqrt(predicted)"]
+    assert [rule(9, steps, 1.0) for steps in (150, 600, 2400)] == pytest.approx([600**-0.5, 600**-0.5, 2400**-0.5])
+    assert rule(9, 150, 0.15) == pytest.approx((0.15 / 600) ** 0.5)
+
+
+@pytest.mark.parametrize("name", ["gpt-small", "lstm", "bert", "llama", "vit", "cnn"])
+def test_a_task_starts_as_a_guess(name: str, corpus: Path) -> None:
+    """Nothing is known of the targets, nor told."""
+    from study_tasks import TASKS, prepare
+
+    task = TASKS[name]
+    prepare(corpus, [task])
+    torch.manual_seed(0)
+    data, made = task.data(task, corpus), task.model()
+    (guess,) = {part.shape[0] for name, part in made.named_parameters() if name.endswith("head.weight")}
+    with torch.no_grad():
+        for batch in (data.train(1, 1), data.validation()[0]):
+            loss = float(made(*batch))
+            assert math.log(guess) - 0.1 < loss < math.log(guess) + 1
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "su"])

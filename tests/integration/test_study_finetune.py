@@ -67,7 +67,8 @@ def test_it_goes_on_where_it_stopped_and_shows_what_it_found(
         found = real_train(job, *given)
         if job["task"] == "finetune" and "decay" in next(iter(optimizer.state.values())):
             steps = max(float(state["step"]) for state in optimizer.state.values())
-            assert {group["momentum"] for group in optimizer.param_groups} == {job["setting"]["momentum"]}, job["entry"]
+            for key, name in (("momentum", "momentum"), ("lr", "initial_lr")):  # whatever pretraining had
+                assert {group[name] for group in optimizer.param_groups} == {job["setting"][key]}, job["entry"]
             made[job["seed"], job["entry"]] = [steps, study.mean_decay(optimizer)]
         return found
 
