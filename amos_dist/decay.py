@@ -22,7 +22,8 @@ from .relative_step import RelativeStep
 
 HALF = math.sqrt(2) - 1  # 1 / (1 + HALF)^2 = 1/2
 _L2 = ("Adagrad", "Adadelta", "Adamax", "ASGD", "RMSprop", "Rprop")  # what torch adds to the gradient is no decay
-_NOT_ADAM_LIKE = ("Adafactor", "Muon")  # their steps are relative to the parameter, or to its shape
+# Of any size; relative to the parameter; to its shape.
+_NOT_ADAM_LIKE = (torch.optim.SGD, torch.optim.Adafactor, torch.optim.Muon)
 
 
 class _Decay(LRScheduler):
@@ -34,7 +35,7 @@ class _Decay(LRScheduler):
         sigma: the scale of the entries, of groups that have no `sigma` of their own. It couples their weight decay:
             rho_t = lr_0^2 / (2 q sigma^2) f(t), of Adam-like directions, whose lr is alpha_0 sigma. That is what
             the optimizer takes off as lr * weight_decay (AdamW: weight_decay = lr_0 / (2 q sigma^2)). Of directions
-            that are no Adam's (Muon, Adafactor) there is a warning. None: weight decay is left alone.
+            that are no Adam's (Muon, Adafactor, SGD) there is a warning. None: weight decay is left alone.
         q: the larger, the weaker the weight decay. Su: 1.
         independent: the optimizer takes off weight_decay itself, not times lr.
 
@@ -65,7 +66,7 @@ class _Decay(LRScheduler):
                 _refuse_uncoupled(optimizer, group)
                 _check_sigma(group.get("sigma", sigma))
                 weight_decay_for(1.0, group.get("sigma", sigma), q)
-            _warn_of_other_directions(optimizer)
+            _warn_of_other_directions(optimizer, 3 if type(self).__init__ is _Decay.__init__ else 4)
         super().__init__(optimizer, last_epoch)
 
     def factor(self, t: float) -> float:
@@ -118,14 +119,15 @@ def _check_sigma(sigma: Any) -> None:
         )
 
 
-def _warn_of_other_directions(optimizer: Optimizer) -> None:
+def _warn_of_other_directions(optimizer: Optimizer, caller: int) -> None:
+    """caller: how many frames above is the one who builds the scheduler."""
     kind = type(optimizer).__name__
-    if kind in _NOT_ADAM_LIKE:
+    if isinstance(optimizer, _NOT_ADAM_LIKE):
         warnings.warn(
             f"{kind}'s directions do not have entries of about 1, so that lr is not alpha_0 sigma, and the weight "
             "decay that sigma couples may be hundreds of times too strong. RelativeStep around it measures its "
             "directions: use that, or leave the scheduler's sigma out.",
-            stacklevel=4,
+            stacklevel=caller,
         )
 
 

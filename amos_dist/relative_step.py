@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,7 +31,14 @@ _NO_DIRECTION = {
     "ASGD": "it averages the parameters themselves",
     "SparseAdam": "its gradients are sparse",
 }
-_OF_ANY_SIZE = (torch.optim.SGD, torch.optim.Muon, torch.optim.Rprop, torch.optim.Adagrad, torch.optim.Adadelta)
+_OF_ANY_SIZE = (
+    torch.optim.SGD,
+    torch.optim.Muon,
+    torch.optim.Rprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.RMSprop,  # not debiased: its first directions are ten times as long
+)
 _ELEMENTWISE = ("torch.optim.", "deepspeed.ops.adam.", "deepspeed.ops.lion.", "deepspeed.ops.adagrad.")
 
 
@@ -83,7 +91,14 @@ class RelativeStep(Optimizer):
         self._forget()
         for look in LOOK_AROUND:
             look(self)
-        super().__init__(base.param_groups, {"sigma": sigma, "q": q, "norm": norm, "decay": decay})
+        before = [dict(group) for group in base.param_groups]
+        try:
+            super().__init__(base.param_groups, {"sigma": sigma, "q": q, "norm": norm, "decay": decay})
+        except BaseException:
+            for group, was in zip(base.param_groups, before, strict=True):
+                group.clear()
+                group.update(was)
+            raise
         self.param_groups, self.state = base.param_groups, base.state
 
     def _forget(self) -> None:
@@ -97,7 +112,7 @@ class RelativeStep(Optimizer):
         groups = self.base.param_groups
         if any(param_group is group for group in groups):  # the constructor is at work
             if self._lr is not None:
-                param_group["lr"] = self._lr
+                _set_lr(param_group, self._lr)
             self._take(param_group)
             self.param_groups.append(param_group)
             return
@@ -329,10 +344,25 @@ def _refuse_base(base: Optimizer) -> None:
     name = type(base).__name__
     if isinstance(base, (Amos, RelativeStep)):
         raise ValueError(f"{name} has Su's step and weight decay already. Use it as it is.")
+    if any("amos_group" in group for group in base.param_groups):
+        raise ValueError(f"this {name} is in a RelativeStep already, whose settings it has. Build a new {name}.")
     if name in _NO_DIRECTION and type(base).__module__.startswith("torch.optim."):
         raise ValueError(
             f"{name} has no direction to scale: {_NO_DIRECTION[name]}. Use SGD, Adam, AdamW, Adafactor or Muon."
         )
+
+
+def _set_lr(group: dict[str, Any], lr: float | Tensor) -> None:
+    """Also for schedulers that are built later: they would start from what an earlier one has left."""
+    if "initial_lr" in group:
+        if float(group["initial_lr"]) != float(lr):
+            warnings.warn(
+                f"lr={float(lr)} was given, and a scheduler of the base was built for {float(group['initial_lr'])}. "
+                "It brings that back at its next step: build schedulers after RelativeStep.",
+                stacklevel=5,
+            )
+        group["initial_lr"] = lr
+    group["lr"] = lr
 
 
 def _check(group: dict[str, Any], base: Optimizer) -> None:
@@ -347,8 +377,7 @@ def _check(group: dict[str, Any], base: Optimizer) -> None:
     for key, choices in CHOICES.items():
         if group[key] not in choices:
             raise ValueError(f"{key}={group[key]!r} is unknown. Use one of {', '.join(map(repr, choices))}.")
-    summed = isinstance(base, torch.optim.RMSprop) and group["momentum"] > 0  # its momentum adds up, and is no mean
-    if group["norm"] == "expected" and (summed or isinstance(base, _OF_ANY_SIZE)):
+    if group["norm"] == "expected" and isinstance(base, _OF_ANY_SIZE):
         raise ValueError(
             f"norm='expected' does not fit {type(base).__name__}, whose directions are of any size. Use 'measured'."
         )

@@ -13,8 +13,8 @@ from study_tasks import Task
 COLOURS = {
     "amos": "tab:blue", "amos_tuned": "tab:cyan", "amos_rule": "royalblue",
     "amos_plain": "navy", "amos_plain_tuned": "darkblue", "amos_muon": "darkviolet",
-    "adamw_tuned": "tab:red", "adamw": "tab:orange", "muon": "tab:green", "adafactor": "tab:brown",
-    "lamb": "tab:pink", "sgd": "tab:gray", "relative_tuned": "tab:olive",
+    "adamw_tuned": "tab:red", "adamw_hand": "firebrick", "adamw": "tab:orange", "muon": "tab:green",
+    "adafactor": "tab:brown", "lamb": "tab:pink", "sgd": "tab:gray", "relative_tuned": "tab:olive",
     "relative_rule": "olivedrab", "relative_muon": "limegreen",
 }  # fmt: skip
 VARIANT = "slateblue"  # other variants of Amos

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import statistics
 import sys
@@ -104,11 +105,11 @@ class Finetuning:
 
     def pretrained(self, seed: int, store: Store) -> dict[str, Any]:
         """Weights and the optimizer's state; made where they are missing."""
-        path = self.weights / f"{self.pretraining}steps_seed{seed}.pt"
-        if not path.exists():
-            rate = suggest_lr(self.pretraining)
-            setting = COMMON | RULE | {"lr": rate}
-            job = {"entry": "amos", "task": "pretrain", "steps": self.pretraining, "seed": seed, "setting": setting}
+        rate = suggest_lr(self.pretraining)
+        setting = COMMON | RULE | {"lr": rate}
+        job = {"entry": "amos", "task": "pretrain", "steps": self.pretraining, "seed": seed, "setting": setting}
+        path = self.weights / f"{hashlib.sha256(key_of(job).encode()).hexdigest()[:16]}.pt"
+        if not path.exists() or key_of(job) not in store.runs:
             torch.manual_seed(seed)
             model = self.task("pretrain").model()
             (optimizer,) = build(model, setting, rate, self.pretraining)

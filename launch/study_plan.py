@@ -54,7 +54,7 @@ class Entry:
         setting: what differs from COMMON. With a tuning it is where that starts.
         tuning: None: the setting is run as it is.
         wave: entries of a lower wave run first.
-        tasks: "small" ones, or of these those on language ("language").
+        tasks: "small" ones, of these those on language ("language"), or "named": none but `also`.
         also: of the tasks that only run for who names them.
         without: tasks where it makes no sense.
         lengths: shares of a small task's steps for which it is run too, in a later wave, with schedules that end there.
@@ -73,7 +73,7 @@ class Entry:
     def is_for(self, task: Task) -> bool:
         if task.if_named or task.name in self.without:
             return task.name in self.also
-        return self.tasks != "language" or task.language
+        return self.tasks == "small" or (self.tasks == "language" and task.language)
 
     def start(self) -> Setting:
         rate = {"lr": self.tuning.rates()[RATES // 2]} if self.tuning else {}
@@ -155,6 +155,14 @@ ENTRIES = {
             ADAMW | {"lr": 1e-3, "weight_decay": 0.01, "beta2": 0.999},
             wave=0,
             also=(LARGE, LLAMA),
+        ),
+        Entry(
+            "adamw_hand",
+            "AdamW, tuned, then by hand",  # a reviewer's: tuning does not come back to the rate
+            ADAMW | LINEAR | LONG_WARMUP | {"lr": 0.00431, "weight_decay": 0.01, "beta1": 0.7, "beta2": 0.99},
+            wave=0,
+            tasks="named",
+            also=(LLAMA,),
         ),
         Entry("amos_tuned", "Amos, tuned", AMOS, Tuning(0.02, AMOS_CHANGES), 1, lengths=SHORTER),
         # Amos, one thing changed: what its defaults are to be set from

@@ -16,7 +16,8 @@ from study_tasks import Task
 BEGIN, END = "<!-- made by launch/study.py: begin -->", "<!-- made by launch/study.py: end -->"
 YARDSTICK = "adamw_tuned"
 CLAIM = 0.70  # the paper's share of AdamW's steps
-STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}  # 97.5 % of the t distribution, by degrees of freedom
+# 97.5 % of the t distribution, by degrees of freedom
+STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -75,13 +76,18 @@ def verdict(runs: list[Run], others: list[Run]) -> str:
 
 
 def crossing(points: list[tuple[float, float]], target: float) -> float | None:
-    """From where on a line through (x, loss) is at or below the target, up to its end; None: its end is above."""
-    if not points or points[-1][1] > target:
+    """From where on a line through (x, loss) is at or below the target, up to its end; None: its end is above.
+
+    A loss that is not finite is above, and the line begins after it.
+    """
+    if not points or not points[-1][1] <= target:
         return None
-    above = [number for number, (_, loss) in enumerate(points) if loss > target]
+    above = [number for number, (_, loss) in enumerate(points) if not loss <= target]
     if not above:
         return points[0][0]
     (x, high), (y, low) = points[above[-1] : above[-1] + 2]
+    if not math.isfinite(high):
+        return y
     return x + (y - x) * (high - target) / (high - low)
 
 
@@ -258,8 +264,8 @@ def made(study: Study, pictures: str) -> str:
 ### Where Amos loses, and where it wins
 
 At equal steps, in nats. Runs of one seed start from the same weights and see the same batches, so it is their
-differences that are tested: paired t test over {len(SEEDS)} seeds, 5 % each. "Not told apart" is not "equal": three
-seeds tell little.
+differences that are tested: paired t test over {len(SEEDS)} seeds, 5 % each, not
+corrected for so many tests. "Not told apart" is not "equal": three seeds tell little.
 
 {verdicts(study)}
 
@@ -279,7 +285,8 @@ As a share of tuned AdamW's; the paper's claim is at most {CLAIM:.2f}. "On the w
 length are at or below it (seldom much before their end, since the rate falls late). "By a shorter run": the same of
 the final losses of runs with schedules cut to that length. Both of means over seeds; AdamW's own rows say how much of
 its budget it needed itself. "Time of a step" is beside AdamW's, in processor time, the least over runs; where runs come
-from several machines it is good to a fifth, and docs/performance.md has steps timed in turn on one.
+from several machines, or from busy ones, it is good to a fifth, and docs/performance.md has steps timed in turn on one.
+AdamW is torch's plain loop; `fused=True` would save it one or two hundredths of these steps.
 
 {speeds(study)}
 

@@ -80,6 +80,8 @@ def test_what_is_shown_without_tuning_is_the_rule_of_the_study(monkeypatch: pyte
         names: dict[str, Any] = {"amos_dist": amos_dist, "torch": torch, "model": model, "steps": steps}
         for block in python_blocks(DOCS / "choosing.md"):
             exec(compile(block, "choosing.md", "exec"), names)
+        groups = amos_dist.param_groups(model, sigma=RULE["sigma"])
+        sigmas = {id(p): group["sigma"] for group in groups for _, p in group["params"]}
         rate = RULES[RULE["lr"]](1, steps, 1.0)
         assert names["lr"] == rate and names["warmup"] == round(RULE["warmup"] * steps)
         shapes = [factor(RULE["schedule"], t, steps, names["warmup"]) for t in range(steps)]
@@ -88,7 +90,11 @@ def test_what_is_shown_without_tuning_is_the_rule_of_the_study(monkeypatch: pyte
             assert optimizer.defaults["lr"] == rate
             for group in optimizer.param_groups:
                 assert (group["beta"], group["momentum"]) == (RULE["beta"], RULE["momentum"])
+                assert {sigmas[id(p)] for p in group["params"]} == {group["sigma"]}
+        assert names["optimizer"].param_groups[0]["momentum_dtype"] == "int8" and names["shape"](steps + 9) == 0
+        wrapped = names["optimizers"][1]
         assert {id(p) for p in names["hidden"]} == {id(p) for p in hidden_matrices(model)[0]}
+        assert {(g["lr"], g["momentum"], g["sigma"]) for g in wrapped.param_groups} == {(rate, 0.9, "auto")}
 
 
 def test_numbers_of_the_derivation() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,7 +41,12 @@ def study(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def start(study: Any, monkeypatch: pytest.MonkeyPatch, corpus: Path, out: Path) -> None:
-    words = ["--steps", STEPS, "--pretraining", PRETRAINING, "--data", corpus, corpus, "--out", out]
+    other = out / "other"  # of one byte alone: what has been trained on it knows it at once
+    if not other.is_dir():
+        shutil.copytree(corpus, other)
+        for part in ("train", "validation"):
+            np.save(other / f"{part}.npy", np.full_like(np.load(other / f"{part}.npy"), 65))
+    words = ["--steps", STEPS, "--pretraining", PRETRAINING, "--data", corpus, other, "--out", out]
     monkeypatch.setattr(sys, "argv", ["study_finetune.py", *map(str, words)])
     study.main()
 
@@ -85,6 +92,8 @@ def test_it_goes_on_where_it_stopped_and_shows_what_it_found(
         # All begin with the weights that pretraining has left.
         assert {run["other"][0] for run in of_seed} == {learnt["curve"][-1][1]}
         assert len(of_seed[0]["other"]) == len(of_seed[0]["curve"])
+        assert {run["curve"][0][1] for run in of_seed} == {learnt["other"][-1]}  # and see the other text now
+        assert learnt["curve"][-1][1] < learnt["other"][-1]
         assert learnt["decay"] == pytest.approx(own, rel=0.5)  # eight steps of four windows
     assert made[2, "amos"][0] == made[2, "amos_own"][0] == STEPS and made[2, "amos_on"][0] == STEPS + PRETRAINING
     assert made[2, "amos"][1] < own <= made[2, "amos_own"][1] < 293 < made[2, "amos_bert"][1]

@@ -240,10 +240,16 @@ def test_weight_decay_that_cannot_be_coupled(make: Any, words: str) -> None:
         InverseSquareDecay(make([randn(1, 3, 4).requires_grad_()]), 3, sigma=0.1)
 
 
-@pytest.mark.parametrize("make", [torch.optim.Muon, torch.optim.Adafactor])
-def test_coupling_to_directions_that_are_no_adams_is_warned_of(make: Any) -> None:
-    with pytest.warns(UserWarning, match="directions do not have entries of about 1"):
-        InverseSquareDecay(make([randn(1, 3, 4).requires_grad_()]), 3, sigma=0.1)
+class OwnMuon(torch.optim.Muon):
+    pass
+
+
+@pytest.mark.parametrize("kind", [InverseSquareDecay, InverseTimeDecay, IntegralDecay])
+@pytest.mark.parametrize("make", [torch.optim.Muon, OwnMuon, torch.optim.Adafactor, torch.optim.SGD])
+def test_coupling_to_directions_that_are_no_adams_is_warned_of(make: Any, kind: Any) -> None:
+    with pytest.warns(UserWarning, match="directions do not have entries of about 1") as found:
+        kind(make([randn(1, 3, 4).requires_grad_()], lr=0.1), 3, sigma=0.1)
+    assert [warning.filename for warning in found] == [__file__]  # the line that builds it
 
 
 def test_a_sigma_that_is_no_number() -> None:

@@ -221,7 +221,12 @@ def test_a_scheduler_that_was_there_first() -> None:
     optimizer = RelativeStep(base)
     (group,) = optimizer.param_groups
     assert group["peak_lr"] == RATE and group["lr"] == pytest.approx(RATE / 10)
-    assert RelativeStep(base, lr=2 * RATE).param_groups[0]["peak_lr"] == 2 * RATE
+    other = O.SGD(params_of(), lr=RATE)
+    O.lr_scheduler.LambdaLR(other, lambda t: 0.1)
+    with pytest.warns(UserWarning, match=r"build schedulers after RelativeStep"):
+        wrapped = RelativeStep(other, lr=2 * RATE)
+    O.lr_scheduler.LambdaLR(wrapped, lambda t: 0.5)  # it would have begun with the first one's peak
+    assert wrapped.param_groups[0]["peak_lr"] == 2 * RATE and wrapped.param_groups[0]["lr"] == RATE
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -242,11 +247,23 @@ def test_bases_that_are_refused() -> None:
         RelativeStep(O.SGD([torch.zeros(2, dtype=torch.complex64, requires_grad=True)]))
 
 
-def test_an_expected_norm_of_sums() -> None:
-    """RMSprop's momentum adds directions up."""
-    RelativeStep(O.RMSprop(params_of()), lr=RATE, norm="expected")
-    with pytest.raises(ValueError, match="norm='expected' does not fit RMSprop"):
-        RelativeStep(O.RMSprop(params_of(), momentum=0.9), lr=RATE, norm="expected")
+def test_a_base_is_as_it_was_where_it_is_refused() -> None:
+    """So that the next try is judged by its own values; and a base has one RelativeStep."""
+    base = O.SGD(params_of(), lr=0.5)
+    before = [dict(group) for group in base.param_groups]
+    with pytest.raises(ValueError, match="sigma=-1 is out of range"):
+        RelativeStep(base, lr=RATE, sigma=-1)
+    for group, was in zip(base.param_groups, before, strict=True):
+        assert group.keys() == was.keys() and all(group[key] is was[key] for key in was)
+    assert RelativeStep(base, lr=RATE, sigma=0.1).param_groups[0]["sigma"] == 0.1
+    with pytest.raises(ValueError, match="this SGD is in a RelativeStep already"):
+        RelativeStep(base, lr=RATE, sigma=0.2)
+
+
+@pytest.mark.parametrize("make", [O.SGD, O.RMSprop, O.Adagrad, O.Rprop, O.Adadelta])
+def test_an_expected_norm_needs_directions_of_one_size(make: Any) -> None:
+    with pytest.raises(ValueError, match=f"norm='expected' does not fit {make.__name__}"):
+        RelativeStep(make(params_of()), lr=RATE, norm="expected")
 
 
 @pytest.mark.parametrize(
