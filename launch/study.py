@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STANDARD, QUICK = ROOT / "docs" / "quality", ROOT / "out" / "quality_quick"
 HOURS = 6.0
 QUICK_MINUTES, QUICK_STEPS = 15.0, 4  # a quick study has so many times fewer steps
-QUICK_ENTRIES = ("amos", "adamw_tuned", "adamw", "amos_tuned")
+QUICK_ENTRIES = ("amos_rule", "adamw_tuned", "adamw", "amos_int8")
 REPORT_EVERY = 20  # runs
 
 
