@@ -108,14 +108,15 @@ class Finetuning:
         rate = suggest_lr(self.pretraining)
         setting = COMMON | RULE | {"lr": rate}
         job = {"entry": "amos", "task": "pretrain", "steps": self.pretraining, "seed": seed, "setting": setting}
-        path = self.weights / f"{hashlib.sha256(key_of(job).encode()).hexdigest()[:16]}.pt"
-        if not path.exists() or key_of(job) not in store.runs:
+        key = key_of(job)
+        path = self.weights / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+        if not path.exists() or key not in store.runs:
             torch.manual_seed(seed)
             model = self.task("pretrain").model()
             (optimizer,) = build(model, setting, rate, self.pretraining)
             old, new = self.texts()
             found = train(job, old, model, [optimizer], rate, new, EVALUATIONS)
-            if key_of(job) not in store.runs:
+            if key not in store.runs:
                 store.add({**found, "decay": mean_decay(optimizer)})
             path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_suffix(".new")

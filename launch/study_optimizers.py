@@ -23,6 +23,7 @@ COMMON: Setting = {"schedule": "cosine", "warmup": 0.05, "clip": 1.0, "length": 
 COSINE_END = 0.01  # share of the peak
 SU_HALVINGS = 8  # the half-life of Su's decay is this part of the run: it ends at 5 % of the peak
 
+SHORTEST = 600  # steps: a shorter run has the rate of one of so many (docs/quality.md)
 # Learning rates that follow from the data: (independent batches in the training set, steps of the run, the share of a
 # batch that is predicted) → rate
 RULES: dict[str, Callable[[int, int, float], float]] = {
@@ -30,7 +31,6 @@ RULES: dict[str, Callable[[int, int, float], float]] = {
     "1/sqrt(steps)": lambda batches, steps, predicted: suggest_lr(steps),
     "1/sqrt(predicted)": lambda batches, steps, predicted: suggest_lr(max(steps, SHORTEST), predicted),
 }
-SHORTEST = 600  # steps: a shorter run has the rate of one of so many (docs/quality.md)
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------

@@ -37,9 +37,8 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
         assert f'id="amos_dist.{name}"' in (tmp_path / "api.html").read_text(), name
 
 
-def run_page(page: str) -> dict[str, Any]:
-    """The names that the Python blocks of a page leave, run one after another."""
-    names: dict[str, Any] = {}
+def run_page(page: str, **names: Any) -> dict[str, Any]:
+    """The names that the Python blocks of a page leave, run one after another; `names` are there before."""
     with torch.random.fork_rng():
         for block in python_blocks(DOCS / page):
             exec(compile(block, page, "exec"), names)
@@ -77,9 +76,7 @@ def test_what_is_shown_without_tuning_is_the_rule_of_the_study(monkeypatch: pyte
 
     for steps in (40, 1000):
         model = TASKS["bert"].model()
-        names: dict[str, Any] = {"amos_dist": amos_dist, "torch": torch, "model": model, "steps": steps}
-        for block in python_blocks(DOCS / "choosing.md"):
-            exec(compile(block, "choosing.md", "exec"), names)
+        names = run_page("choosing.md", amos_dist=amos_dist, torch=torch, model=model, steps=steps)
         groups = amos_dist.param_groups(model, sigma=RULE["sigma"])
         sigmas = {id(p): group["sigma"] for group in groups for _, p in group["params"]}
         rate = RULES[RULE["lr"]](1, steps, 1.0)
